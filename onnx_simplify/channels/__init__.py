@@ -1,0 +1,1 @@
+"""Channel analysis: layouts (which channel sits where) and facts (constant? needed?)."""

@@ -1,0 +1,243 @@
+"""The analysis: sparse conditional constant propagation and dead-code elimination, per channel.
+
+Two facts for each channel of each tensor.  *Constant* flows forward: the value does not depend on
+the graph's inputs.  *Needed* flows backward: some live output depends on it.  This is Wegman and
+Zadeck's scheme ("Constant propagation with conditional branches", TOPLAS 1991) with channels in
+place of scalars; the rules of each operator are in :mod:`onnx_simplify.channels.operators`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnx_simplify.channels.layouts import Layouts, Unsupported
+from onnx_simplify.channels.operators import OPAQUE, Operator, lookup
+from onnx_simplify.channels.values import MAP, UNIFORM, VARYING, Constants
+from onnx_simplify.graph.model import Model, captured_names
+from onnx_simplify.graph.shapes import infer
+
+
+class Analysis:
+    """Layouts and facts of one model.
+
+    Attributes:
+        layouts: the layouts, united.
+        rule: the operator rule of each node, by ``id(node)``.
+        level: constancy of each position, an int8 array shaped like the layout, by tensor name.
+        constants: measured values of constant channels, once measured.
+    """
+
+    def __init__(self, model: Model, pinned: Collection[str] = ()):
+        """Infer shapes and follow all channels.
+
+        Args:
+            model: a cleaned model.
+            pinned: names of tensors, nodes or initializers whose channels must stay.
+        """
+        self.model = model
+        infer(model)
+        self.layouts = Layouts(model)
+        self.rule: dict[int, Operator] = {}
+        self.level: dict[str, np.ndarray] = {}
+        self.constants: Constants | None = None
+        self.kept_names = model.kept_names
+        for tensor in model.graph.inputs:
+            if tensor.shape is not None:
+                layout = self.layouts.untracked(tensor)
+                self.layouts.set(tensor, layout)
+                self.layouts.freeze(layout)
+        for node in model.graph.nodes:
+            self._follow(node, pinned)
+        captured = captured_names(model.graph.nodes)
+        for name in {t.name for t in model.graph.outputs} | captured:
+            if name in self.layouts.of:
+                self.layouts.freeze(self.layouts.of[name])
+        self.layouts.unite()
+
+    def _follow(self, node: gs.Node, pinned: Collection[str]) -> None:
+        rule = lookup(node, self.model.opset)
+        try:
+            rule.layout(node, self.layouts)
+        except Unsupported as reason:
+            self.layouts.opaque[id(node)] = str(reason)
+            rule = OPAQUE
+            rule.layout(node, self.layouts)
+        self.rule[id(node)] = rule
+        if pinned:
+            names = {node.name, *(t.name for t in node.inputs if isinstance(t, gs.Constant))}
+            for tensor in node.outputs:
+                if tensor.name in pinned or names & set(pinned):
+                    if tensor.name in self.layouts.of:
+                        self.layouts.freeze(self.layouts.of[tensor.name])
+
+    def has(self, tensor: gs.Tensor) -> bool:
+        """Whether the tensor is a variable whose channels are followed."""
+        return tensor.name in self.layouts.of and not isinstance(tensor, gs.Constant)
+
+    def shape(self, tensor: gs.Tensor) -> list:
+        """The tensor's symbolic shape."""
+        return self.layouts.shape(tensor)
+
+    def propagate_constants(self) -> None:
+        """Compute ``level`` for all tensors, in execution order.
+
+        Without measured constants the result is optimistic: wherever a value decides, it is assumed
+        to be the one that makes the result constant.
+        """
+        self.level = {}
+        for tensor in self.model.graph.inputs:
+            if self.has(tensor):
+                self._vary(tensor)
+        for node in self.model.graph.nodes:
+            rule = self.rule[id(node)]
+            results = rule.level(node, self)
+            for tensor, level in zip(node.outputs, results, strict=False):
+                if not self.has(tensor):
+                    continue
+                layout = self.layouts.of[tensor.name]
+                if level is None:
+                    level = np.zeros(layout.shape, np.int8)
+                if self.constants is not None:
+                    level = np.where(self.constants.agree(tensor.name, layout.shape), level, 0)
+                self.level[tensor.name] = level.astype(np.int8)
+
+    def _vary(self, tensor: gs.Tensor) -> None:
+        self.level[tensor.name] = np.full(self.layouts.of[tensor.name].shape, VARYING, np.int8)
+
+    def level_of(self, tensor: gs.Tensor, shape: tuple[int, ...] | None = None) -> np.ndarray:
+        """Level of a node's input; an initializer's is derived from its own shape.
+
+        Args:
+            tensor: the input.
+            shape: for an initializer, the layout shape its level is wanted in.
+        """
+        if not isinstance(tensor, gs.Constant):
+            return self.level[tensor.name]
+        dims = (1,) * (len(shape or ()) - len(tensor.shape)) + tuple(tensor.shape)
+        varies = any(d > 1 and s == 1 for d, s in zip(dims, shape or (), strict=True))
+        return np.full((1,) * len(dims), MAP if varies else UNIFORM, np.int8)
+
+    def zero(self, tensor: gs.Tensor, shape: tuple[int, ...]) -> np.ndarray:
+        """Where a constant input is zero everywhere; optimistic for values not measured yet.
+
+        Returns:
+            Boolean array that broadcasts to ``shape`` (the layout shape).
+        """
+        if isinstance(tensor, gs.Constant):
+            values = np.asarray(tensor.values)
+            values = values.reshape((1,) * (len(shape) - values.ndim) + values.shape)
+            axes = tuple(k for k, s in enumerate(shape) if s == 1)
+            return (values == 0).all(axis=axes, keepdims=True)
+        constant = self.level[tensor.name] > VARYING
+        if self.constants is not None:
+            constant = constant & (self.constants.scalar(tensor.name, constant.shape) == 0)
+        pad = (1,) * (len(shape) - constant.ndim)
+        return constant.reshape(pad + constant.shape)
+
+    def need(self, absorbed: dict[tuple[int, int], np.ndarray] | None = None) -> dict:
+        """Which positions some live output depends on, by tensor name.
+
+        Args:
+            absorbed: positions of a node's input that it no longer reads, by (``id(node)``, input
+                index), as if their constants had been absorbed already.
+        """
+        need = {n: np.zeros(a.shape, bool) for n, a in self.layouts.of.items()}
+        for name in self.kept_names:
+            if name in need:
+                need[name][...] = True
+        for node in reversed(self.model.graph.nodes):
+            outputs = [need.get(t.name) for t in node.outputs]
+            used = any(o is not None and o.any() for o in outputs)
+            if not used and all(o is not None or not t.name or not self._read(t)
+                                for t, o in zip(node.outputs, outputs, strict=True)):
+                continue
+            wanted = self.rule[id(node)].need(node, self, outputs)
+            for index, (tensor, mask) in enumerate(zip(node.inputs, wanted, strict=False)):
+                if mask is None or tensor.name not in need or isinstance(tensor, gs.Constant):
+                    continue
+                skip = (absorbed or {}).get((id(node), index))
+                if skip is not None:
+                    mask = mask & ~skip
+                need[tensor.name] |= mask
+        return need
+
+    def _read(self, tensor: gs.Tensor) -> bool:
+        return tensor.name in self.kept_names or bool(self.layouts.readers.get(tensor.name))
+
+    def alive(self, need: dict) -> np.ndarray:
+        """Labels of channels that stay: needed somewhere, or frozen."""
+        alive = self.layouts.frozen.copy()
+        for name, mask in need.items():
+            alive[self.layouts.of[name][mask]] = True
+        return alive
+
+    def close(self, alive: np.ndarray, planner=None) -> np.ndarray:  # type: ignore[no-untyped-def]
+        """Revive channels until every node can be rewritten; the argument is modified.
+
+        Args:
+            alive: labels that stay.
+            planner: optional callable ``(node, rule, analysis, alive) -> bool`` that revives
+                channels for speed and says whether it did.
+        """
+        again = True
+        while again:
+            again = False
+            for node in self.model.graph.nodes:
+                if not self._partial(node, alive):
+                    continue
+                rule = self.rule[id(node)]
+                again |= rule.constrain(node, self, alive)
+                again |= self._never_empty(node, rule, alive)
+                if planner is not None:
+                    again |= planner(node, rule, self, alive)
+                for tensor in (*node.inputs, *node.outputs):
+                    again |= self._grid(tensor, alive)
+        return alive
+
+    def _partial(self, node: gs.Node, alive: np.ndarray) -> bool:
+        return any(
+            not alive[self.layouts.of[t.name]].all()
+            for t in (*node.inputs, *node.outputs)
+            if self.has(t)
+        )
+
+    def dead(self, tensor: gs.Tensor, alive: np.ndarray) -> bool:
+        """Whether no channel of the tensor is alive."""
+        return self.has(tensor) and not alive[self.layouts.of[tensor.name]].any()
+
+    def node_dead(self, node: gs.Node, alive: np.ndarray) -> bool:
+        """Whether the node disappears: no channel of any output is alive."""
+        return all(
+            self.dead(t, alive) or (not self.has(t) and not self._read(t))
+            for t in node.outputs
+            if t.name
+        )
+
+    def _never_empty(self, node: gs.Node, rule: Operator, alive: np.ndarray) -> bool:
+        changed = False
+        if rule.drops_empty_inputs or self.node_dead(node, alive):
+            return False
+        for tensor in node.inputs:
+            if self.dead(tensor, alive):
+                alive[self.layouts.of[tensor.name].ravel()[0]] = True
+                changed = True
+        return changed
+
+    def _grid(self, tensor: gs.Tensor, alive: np.ndarray) -> bool:
+        if not self.has(tensor):
+            return False
+        layout = self.layouts.of[tensor.name]
+        if sum(s > 1 for s in layout.shape) < 2:
+            return False
+        mask = alive[layout]
+        full = np.ones_like(mask)
+        for axis in range(mask.ndim):
+            others = tuple(k for k in range(mask.ndim) if k != axis)
+            full &= mask.any(axis=others, keepdims=True)
+        if np.array_equal(full, mask):
+            return False
+        alive[layout[full]] = True
+        return True

@@ -1,0 +1,183 @@
+"""Operators that work position by position, with numpy broadcasting between their operands."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnx_simplify.channels.layouts import Layouts, Unsupported
+from onnx_simplify.channels.operators.base import Masks, Operator
+from onnx_simplify.channels.values import MAP, UNIFORM, VARYING
+
+if TYPE_CHECKING:
+    from onnx_simplify.channels.analysis import Analysis
+    from onnx_simplify.channels.cut import Cut
+
+NAMES = frozenset(
+    """Abs Acos Acosh Add And Asin Asinh Atan Atanh BitShift BitwiseAnd BitwiseNot BitwiseOr
+    BitwiseXor Cast CastLike Ceil Celu Clip Cos Cosh Div Elu Equal Erf Exp Floor Gelu Greater
+    GreaterOrEqual HardSigmoid HardSwish Identity IsInf IsNaN LeakyRelu Less LessOrEqual Log Max Mean
+    Min Mish Mod Mul Neg Not Or PRelu Pow Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin Sinh
+    Softplus Softsign Sqrt Sub Sum Swish Tan Tanh ThresholdedRelu Where Xor""".split()
+)
+
+
+class Elementwise(Operator):
+    """Any broadcasting operator: operands at the same position share their channel."""
+
+    def layout(self, node: gs.Node, layouts: Layouts) -> None:
+        """Equate the operands' ids where neither is broadcast."""
+        output = node.outputs[0]
+        rank = len(layouts.shape(output))
+        operands = []
+        for tensor in node.inputs:
+            if tensor.name and not isinstance(tensor, gs.Constant):
+                layout = layouts(tensor)
+                pad = [1] * (rank - layout.ndim)
+                operands.append((layout.reshape(pad + list(layout.shape)),
+                                 pad + layouts.shape(tensor)))
+        if not operands:
+            raise Unsupported("all operands are constant")
+        tracked = [max(lay.shape[a] for lay, _ in operands) for a in range(rank)]
+        for tensor in node.inputs:
+            if tensor.name:
+                shape = [1] * (rank - len(layouts.shape(tensor))) + layouts.shape(tensor)
+                for axis, size in enumerate(tracked):
+                    if size > 1 and shape[axis] not in (1, size):
+                        raise Unsupported(f"'{tensor.name}' broadcasts in a way not known before")
+        joined = []
+        free = []
+        for layout, shape in operands:
+            equal = all(shape[a] == s for a, s in enumerate(tracked) if s > 1)
+            (joined if equal or layout.size > 1 else free).append(layout)
+        if not joined:
+            layouts.set(output, layouts.untracked(output))
+            return
+        result = np.broadcast_to(joined[0], tracked)
+        for layout in joined[1:]:
+            layouts.equate(result, layout)
+        if joined[0].size < result.size:
+            # Rows that one operand repeats must stay or go together.
+            fresh = layouts.fresh(result.size).reshape(tracked)
+            layouts.equate(fresh, result)
+            result = fresh
+        layouts.set(output, np.array(result))
+
+    def level(self, node: gs.Node, analysis: Analysis) -> Masks:
+        """Constant where all operands are; a factor of zero is enough."""
+        shape = analysis.layouts.of[node.outputs[0].name].shape
+        rank = len(shape)
+        level = np.full(shape, UNIFORM, np.int8)
+        for tensor in node.inputs:
+            if tensor.name:
+                level = np.minimum(level, _aligned(analysis.level_of(tensor, shape), rank))
+        if node.op == "Mul":
+            for tensor in node.inputs:
+                zero = np.broadcast_to(analysis.zero(tensor, shape), shape)
+                level = np.where(zero, UNIFORM, level)
+        return [level]
+
+    def need(self, node: gs.Node, analysis: Analysis, outputs: Masks) -> Masks:
+        """What is needed of the result is needed of each operand, unless a factor is zero."""
+        wanted = outputs[0]
+        assert wanted is not None
+        found: Masks = []
+        for index, tensor in enumerate(node.inputs):
+            if not analysis.has(tensor):
+                found.append(None)
+                continue
+            mask = wanted
+            if node.op == "Mul" and analysis.level:
+                other = node.inputs[1 - index]
+                if isinstance(other, gs.Constant) or analysis.constants is not None:
+                    mask = mask & ~analysis.zero(other, wanted.shape)
+            found.append(reduce_to(mask, analysis.layouts.of[tensor.name].shape))
+        return found
+
+    def shrink(self, node: gs.Node, cut: Cut) -> None:
+        """Slice constant operands."""
+        kept = cut.kept(node.outputs[0])
+        rank = len(cut.analysis.shape(node.outputs[0]))
+        for index, tensor in enumerate(node.inputs):
+            if isinstance(tensor, gs.Constant):
+                offset = rank - len(tensor.shape)
+                own = {a - offset: k for a, k in kept.items()
+                       if a >= offset and tensor.shape[a - offset] > 1}
+                cut.slice_constant(node, index, own)
+
+    def wants_values(self, node: gs.Node, analysis: Analysis) -> list[int]:
+        """Factors; and operands that are constant altogether, which can become initializers."""
+        wanted = []
+        for index, tensor in enumerate(node.inputs):
+            if analysis.has(tensor):
+                level = analysis.level[tensor.name]
+                if (level > VARYING).all() or (node.op == "Mul" and (level > VARYING).any()):
+                    wanted.append(index)
+        return wanted
+
+
+class ChannelAffine(Operator):
+    """Operators with one set of parameters per channel of axis 1, and no other coupling.
+
+    ``BatchNormalization`` in inference mode, and ``InstanceNormalization``.
+    """
+
+    def layout(self, node: gs.Node, layouts: Layouts) -> None:
+        """Channels pass through."""
+        if node.attrs.get("training_mode", 0) or sum(bool(t.name) for t in node.outputs) > 1:
+            raise Unsupported("training mode")
+        if not all(isinstance(t, gs.Constant) for t in node.inputs[1:]):
+            raise Unsupported("parameters are computed")
+        source = layouts(node.inputs[0])
+        if source.ndim < 2:
+            raise Unsupported("no channel axis")
+        layout = layouts.collapse(source, [a for a in range(source.ndim) if a != 1])
+        layouts.set(node.outputs[0], layout)
+
+    def level(self, node: gs.Node, analysis: Analysis) -> Masks:
+        """Constant in, constant out (a uniform channel normalises to its bias at any size)."""
+        source = node.inputs[0]
+        level = analysis.level[source.name]
+        shape = analysis.layouts.of[node.outputs[0].name].shape
+        level = min_to(level, shape)
+        finite = np.ones(shape[1], bool)
+        for tensor in node.inputs[1:]:
+            values = np.isfinite(tensor.values)
+            finite &= values if shape[1] > 1 else values.all()
+        return [np.where(finite.reshape([1, -1] + [1] * (len(shape) - 2)), level, VARYING)]
+
+    def need(self, node: gs.Node, analysis: Analysis, outputs: Masks) -> Masks:
+        """Channel by channel."""
+        assert outputs[0] is not None
+        shape = analysis.layouts.of[node.inputs[0].name].shape
+        return [np.broadcast_to(outputs[0], shape)]
+
+    def shrink(self, node: gs.Node, cut: Cut) -> None:
+        """Slice the parameters."""
+        kept = cut.kept(node.outputs[0])
+        if 1 in kept:
+            for index in range(1, len(node.inputs)):
+                cut.slice_constant(node, index, {0: kept[1]})
+
+
+def _aligned(array: np.ndarray, rank: int) -> np.ndarray:
+    return array.reshape((1,) * (rank - array.ndim) + array.shape)
+
+
+def reduce_to(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Combine a mask with `or` over the axes along which an operand of ``shape`` is broadcast."""
+    lead = mask.ndim - len(shape)
+    mask = mask.any(axis=tuple(range(lead))) if lead else mask
+    axes = tuple(a for a, s in enumerate(shape) if s == 1 and mask.shape[a] > 1)
+    mask = mask.any(axis=axes, keepdims=True) if axes else mask
+    return np.broadcast_to(mask, shape)
+
+
+def min_to(level: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The weakest level over axes that the output does not track; positions may then differ."""
+    axes = tuple(a for a, s in enumerate(shape) if s == 1 and level.shape[a] > 1)
+    if not axes:
+        return level
+    return np.minimum(level.min(axis=axes, keepdims=True), MAP)

@@ -1,0 +1,458 @@
+"""Operators with a weight matrix: convolutions and matrix products.
+
+All of them are brought into one canonical form, a weight array ``[groups, outputs per group, inputs
+per group, *kernel]``, on which the rules are written once.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnx_simplify.channels.layouts import Layouts, Unsupported
+from onnx_simplify.channels.operators.base import (
+    Masks,
+    Operator,
+    attr_ints,
+    constant_input,
+    has_input,
+)
+from onnx_simplify.channels.operators.elementwise import min_to
+from onnx_simplify.channels.values import MAP, UNIFORM, VARYING
+
+if TYPE_CHECKING:
+    from onnx_simplify.channels.analysis import Analysis
+    from onnx_simplify.channels.cut import Cut
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """Where a linear node keeps what.
+
+    Attributes:
+        data: index of the varying input.
+        weight: index of the constant weight.
+        bias: index of the optional bias, or None where the operator has none.
+        groups: number of groups.
+        axis_in: channel axis of the varying input.
+        axis_out: channel axis of the output.
+    """
+
+    data: int
+    weight: int
+    bias: int | None
+    groups: int
+    axis_in: int
+    axis_out: int
+
+
+class Linear(Operator):
+    """Common rules; subclasses say how their weights map to the canonical form."""
+
+    def wiring(self, node: gs.Node) -> Wiring:
+        """The node's wiring.
+
+        Raises:
+            Unsupported: the weight is not constant, or of unexpected rank.
+        """
+        raise NotImplementedError
+
+    def to_canonical(self, node: gs.Node, weight: np.ndarray) -> np.ndarray:
+        """View of the weight as ``[groups, outputs/group, inputs/group, *kernel]``."""
+        raise NotImplementedError
+
+    def from_canonical(self, node: gs.Node, weight: np.ndarray) -> np.ndarray:
+        """Inverse of :meth:`to_canonical`."""
+        raise NotImplementedError
+
+    def spreads(self, node: gs.Node, analysis: Analysis) -> str:
+        """What becomes of a uniform non-zero input: 'uniform', 'map', or 'varying'."""
+        return "uniform"
+
+    def weights(self, node: gs.Node) -> np.ndarray:
+        """The canonical weights of the node."""
+        return self.to_canonical(node, node.inputs[self.wiring(node).weight].values)
+
+    def used(self, node: gs.Node) -> np.ndarray:
+        """Which weights are not zero, bool ``[groups, outputs/group, inputs/group]``."""
+        tensor = node.inputs[self.wiring(node).weight]
+        return _nonzero(tensor, lambda: self.weights(node))
+
+    def layout(self, node: gs.Node, layouts: Layouts) -> None:
+        """Fresh channels on the output axis; the input's other axes hold whole channels."""
+        wiring = self.wiring(node)
+        source = layouts(node.inputs[wiring.data])
+        shape = layouts.shape(node.inputs[wiring.data])
+        groups, outputs, inputs = self.weights(node).shape[:3]
+        if shape[wiring.axis_in] != groups * inputs:
+            raise Unsupported("number of input channels is not known to match the weight")
+        output = node.outputs[0]
+        ids = layouts.fresh(groups * outputs)
+        rank = len(layouts.shape(output))
+        if wiring.bias is not None and has_input(node, wiring.bias):
+            if constant_input(node, wiring.bias) is None:
+                raise Unsupported("bias is computed")
+        layouts.collapse(source, [a for a in range(source.ndim) if a != wiring.axis_in])
+        axis = wiring.axis_out % rank
+        result = ids.reshape([ids.size if a == axis else 1 for a in range(rank)])
+        layouts.set(output, result)
+        if groups > 1 and inputs == 1 and outputs == 1:
+            flat = self._flat(source, wiring)
+            if flat.size == ids.size:
+                layouts.equate(ids, flat)
+
+    def _flat(self, array: np.ndarray, wiring: Wiring) -> np.ndarray:
+        axes = tuple(a for a in range(array.ndim) if a != wiring.axis_in % array.ndim)
+        first = array
+        for axis in axes:
+            first = np.take(first, [0], axis)
+        return first.ravel()
+
+    def input_level(self, node: gs.Node, analysis: Analysis) -> np.ndarray:
+        """Level of each input channel, shape ``(inputs,)``."""
+        wiring = self.wiring(node)
+        tensor = node.inputs[wiring.data]
+        level = analysis.level[tensor.name]
+        shape = [s if a == wiring.axis_in % level.ndim else 1 for a, s in enumerate(level.shape)]
+        return self._expand(min_to(level, tuple(shape)).ravel(), node)
+
+    def input_mask(self, node: gs.Node, mask: np.ndarray) -> np.ndarray:
+        """A mask shaped like the input's layout, per input channel (`any` over other axes)."""
+        wiring = self.wiring(node)
+        axes = tuple(a for a in range(mask.ndim) if a != wiring.axis_in % mask.ndim)
+        return self._expand(mask.any(axis=axes).ravel(), node)
+
+    def _expand(self, flat: np.ndarray, node: gs.Node) -> np.ndarray:
+        groups, _, inputs = self.weights(node).shape[:3]
+        return flat if flat.size == groups * inputs else np.repeat(flat, groups * inputs)
+
+    def input_zero(self, node: gs.Node, analysis: Analysis) -> np.ndarray:
+        """Which input channels are constant zero (optimistic before measuring)."""
+        tensor = node.inputs[self.wiring(node).data]
+        wiring = self.wiring(node)
+        zero = analysis.zero(tensor, analysis.layouts.of[tensor.name].shape)
+        axes = tuple(a for a in range(zero.ndim) if a != wiring.axis_in % zero.ndim)
+        return self._expand(zero.all(axis=axes).ravel(), node)
+
+    def level(self, node: gs.Node, analysis: Analysis) -> Masks:
+        """An output is constant when every input it really reads is."""
+        used = self.used(node)
+        groups, outputs, inputs = used.shape
+        shape = analysis.layouts.of[node.outputs[0].name].shape
+        level = self.input_level(node, analysis)
+        spread = self.spreads(node, analysis)
+        if spread != "uniform":
+            zero = self.input_zero(node, analysis) & (level > VARYING)
+            worst = MAP if spread == "map" else VARYING
+            level = np.where(zero, UNIFORM, np.minimum(level, worst))
+        level = level.reshape(groups, inputs)
+        result = np.full((groups, outputs), UNIFORM, np.int8)
+        for limit in (UNIFORM, MAP):
+            below = level < limit
+            if below.any():
+                hit = _any_used(used, below)
+                result[hit] = np.minimum(result[hit], limit - 1)
+        result = result.ravel()
+        bias = self._bias(node)
+        if bias is not None and bias.size == result.size:
+            result = np.where(np.isfinite(bias.ravel()), result, VARYING)
+        if result.size != np.prod(shape):
+            result = result.min(keepdims=True)
+        return [result.reshape(shape)]
+
+    def _bias(self, node: gs.Node) -> np.ndarray | None:
+        index = self.wiring(node).bias
+        return None if index is None else constant_input(node, index)
+
+    def need(self, node: gs.Node, analysis: Analysis, outputs: Masks) -> Masks:
+        """The inputs with a non-zero weight to a needed output."""
+        wanted = outputs[0]
+        assert wanted is not None
+        used = self.used(node)
+        groups, count, inputs = used.shape
+        rows = np.broadcast_to(wanted.ravel(), groups * count).reshape(groups, count)
+        if rows.all():
+            columns = used.any(axis=1)
+        else:
+            columns = np.stack([u[r].any(axis=0) for u, r in zip(used, rows, strict=True)])
+        wiring = self.wiring(node)
+        shape = analysis.layouts.of[node.inputs[wiring.data].name].shape
+        axis = wiring.axis_in % len(shape)
+        mask = columns.ravel() if shape[axis] > 1 else columns.any(keepdims=True).ravel()
+        mask = mask.reshape([-1 if a == axis else 1 for a in range(len(shape))])
+        found: Masks = [None] * len(node.inputs)
+        found[wiring.data] = np.broadcast_to(mask, shape)
+        return found
+
+    def channels(self, node: gs.Node, analysis: Analysis) -> tuple[np.ndarray, np.ndarray]:
+        """Labels of the input and output channels, each one-dimensional."""
+        wiring = self.wiring(node)
+        source = self._flat(analysis.layouts.of[node.inputs[wiring.data].name], wiring)
+        return self._expand(source, node), analysis.layouts.of[node.outputs[0].name].ravel()
+
+    def constrain(self, node: gs.Node, analysis: Analysis, alive: np.ndarray) -> bool:
+        """Groups that stay have equally many channels."""
+        groups, outputs, inputs = self.used(node).shape
+        if groups == 1:
+            return False
+        source, result = self.channels(node, analysis)
+        changed = False
+        ins = alive[source].reshape(groups, inputs)
+        outs = alive[result].reshape(groups, outputs)
+        kept = ins.any(axis=1) | outs.any(axis=1)
+        for mask, labels in ((ins, source), (outs, result)):
+            counts = mask.sum(axis=1)
+            wanted = max(int(counts.max()), 1)
+            for group in np.flatnonzero(kept & (counts < wanted)):
+                dead = np.flatnonzero(~mask[group])[: wanted - counts[group]]
+                alive[labels.reshape(groups, -1)[group, dead]] = True
+                changed = True
+        return changed
+
+    def shrink(self, node: gs.Node, cut: Cut) -> None:
+        """Slice the weight and the bias; drop groups that are gone."""
+        wiring = self.wiring(node)
+        weight = self.weights(node)
+        groups, outputs, inputs = weight.shape[:3]
+        source, result = self.channels(node, cut.analysis)
+        ins = cut.alive[source].reshape(groups, inputs)
+        outs = cut.alive[result].reshape(groups, outputs)
+        if ins.all() and outs.all():
+            return
+        kept = ins.any(axis=1)
+        parts = [weight[g][outs[g]][:, ins[g]] for g in np.flatnonzero(kept)]
+        new = np.stack(parts) if groups > 1 else parts[0][None]
+        if groups > 1:
+            node.attrs["group"] = int(kept.sum())
+        cut.set_constant(node, wiring.weight, self.from_canonical(node, new))
+        if wiring.bias is not None and has_input(node, wiring.bias):
+            self.shrink_bias(node, cut, wiring.bias, outs.ravel())
+
+    def shrink_bias(self, node: gs.Node, cut: Cut, index: int, keep: np.ndarray) -> None:
+        """Slice the bias, a vector."""
+        cut.set_constant(node, index, node.inputs[index].values[keep])
+
+    def wants_values(self, node: gs.Node, analysis: Analysis) -> list[int]:
+        """The data input, where any of it may be constant."""
+        wiring = self.wiring(node)
+        level = analysis.level.get(node.inputs[wiring.data].name)
+        return [wiring.data] if level is not None and (level > VARYING).any() else []
+
+    def add_bias(self, node: gs.Node, shift: np.ndarray, cut_constant, model) -> bool:  # type: ignore[no-untyped-def]
+        """Add ``shift`` (float64, one per output channel) to the bias; False if impossible.
+
+        Args:
+            node: the node.
+            shift: what to add to each output channel.
+            cut_constant: ``(node, input index, array)`` replaces an initializer for this node only.
+            model: where a new initializer is made.
+        """
+        wiring = self.wiring(node)
+        if wiring.bias is None:
+            return False
+        weight = node.inputs[wiring.weight].values
+        old = constant_input(node, wiring.bias)
+        if old is not None:
+            new = old.astype(np.float64) + shift
+            cut_constant(node, wiring.bias, new.astype(weight.dtype))
+            return True
+        tensor = model.constant(f"{node.outputs[0].name}_bias", shift.astype(weight.dtype))
+        while len(node.inputs) < wiring.bias:
+            node.inputs.append(gs.Variable.empty())
+        if len(node.inputs) > wiring.bias:
+            node.inputs[wiring.bias] = tensor
+        else:
+            node.inputs.append(tensor)
+        return True
+
+
+class Convolution(Linear):
+    """``Conv``: weight ``[O, I/group, *kernel]``; zero padding turns constants into maps.
+
+    https://onnx.ai/onnx/operators/onnx__Conv.html
+    """
+
+    def wiring(self, node: gs.Node) -> Wiring:
+        """Input 0 and weight 1, channels on axis 1."""
+        weight = constant_input(node, 1)
+        if weight is None or weight.ndim < 3:
+            raise Unsupported("weight is not an initializer")
+        return Wiring(0, 1, 2, int(node.attrs.get("group", 1)), 1, 1)
+
+    def to_canonical(self, node: gs.Node, weight: np.ndarray) -> np.ndarray:
+        """Split the outputs by group."""
+        groups = int(node.attrs.get("group", 1))
+        return weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+
+    def from_canonical(self, node: gs.Node, weight: np.ndarray) -> np.ndarray:
+        """Join the groups' outputs."""
+        return weight.reshape(-1, *weight.shape[2:])
+
+    def padded_axes(self, node: gs.Node) -> list[int]:
+        """Axes of the input along which the window may reach over the border."""
+        rank = node.inputs[1].values.ndim - 2
+        pads = attr_ints(node, "pads", [0] * 2 * rank)
+        auto = node.attrs.get("auto_pad", "NOTSET")
+        kernel = node.inputs[1].values.shape[2:]
+        if auto in ("SAME_UPPER", "SAME_LOWER"):
+            return [a + 2 for a in range(rank) if kernel[a] > 1]
+        if auto == "VALID":
+            return []
+        return [a + 2 for a in range(rank) if pads[a] or pads[a + rank]]
+
+    def spreads(self, node: gs.Node, analysis: Analysis) -> str:
+        """Padding makes a map, which may only be used where the padded sizes are static."""
+        axes = self.padded_axes(node)
+        if not axes:
+            return "uniform"
+        shape = analysis.shape(node.inputs[0])
+        return "map" if all(isinstance(shape[a], int) for a in axes) else "varying"
+
+
+class TransposedConvolution(Linear):
+    """``ConvTranspose``: weight ``[I, O/group, *kernel]``; constants become maps.
+
+    https://onnx.ai/onnx/operators/onnx__ConvTranspose.html
+    """
+
+    def wiring(self, node: gs.Node) -> Wiring:
+        """Input 0 and weight 1, channels on axis 1."""
+        weight = constant_input(node, 1)
+        if weight is None or weight.ndim < 3:
+            raise Unsupported("weight is not an initializer")
+        return Wiring(0, 1, 2, int(node.attrs.get("group", 1)), 1, 1)
+
+    def to_canonical(self, node: gs.Node, weight: np.ndarray) -> np.ndarray:
+        """Split the inputs by group and put outputs first."""
+        groups = int(node.attrs.get("group", 1))
+        split = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+        return split.swapaxes(1, 2)
+
+    def from_canonical(self, node: gs.Node, weight: np.ndarray) -> np.ndarray:
+        """Inverse."""
+        weight = weight.swapaxes(1, 2)
+        return weight.reshape(-1, *weight.shape[2:])
+
+    def spreads(self, node: gs.Node, analysis: Analysis) -> str:
+        """Each output position sees another part of the kernel."""
+        shape = analysis.shape(node.inputs[0])
+        return "map" if all(isinstance(s, int) for s in shape[2:]) else "varying"
+
+
+class Gemm(Linear):
+    """``Gemm`` with constant B: ``alpha * A' * B' + beta * C``.
+
+    https://onnx.ai/onnx/operators/onnx__Gemm.html
+    """
+
+    def wiring(self, node: gs.Node) -> Wiring:
+        """A on input 0, B on input 1."""
+        weight = constant_input(node, 1)
+        if weight is None or weight.ndim != 2:
+            raise Unsupported("B is not an initializer")
+        return Wiring(0, 1, 2, 1, 0 if node.attrs.get("transA", 0) else 1, 1)
+
+    def to_canonical(self, node: gs.Node, weight: np.ndarray) -> np.ndarray:
+        """Outputs first."""
+        return (weight if node.attrs.get("transB", 0) else weight.T)[None]
+
+    def from_canonical(self, node: gs.Node, weight: np.ndarray) -> np.ndarray:
+        """Inverse."""
+        return weight[0] if node.attrs.get("transB", 0) else weight[0].T
+
+    def shrink_bias(self, node: gs.Node, cut: Cut, index: int, keep: np.ndarray) -> None:
+        """Slice C along its last axis unless it is broadcast there."""
+        values = node.inputs[index].values
+        if values.ndim and values.shape[-1] > 1:
+            cut.set_constant(node, index, values[..., keep])
+
+    def add_bias(self, node: gs.Node, shift: np.ndarray, cut_constant, model) -> bool:  # type: ignore[no-untyped-def]
+        """C takes ``shift / beta``; a C of another form is broadcast first."""
+        beta = float(node.attrs.get("beta", 1.0))
+        old = constant_input(node, 2)
+        if old is None or beta == 0:
+            node.attrs["beta"] = 1.0
+            weight = node.inputs[1].values
+            tensor = model.constant(f"{node.outputs[0].name}_bias", shift.astype(weight.dtype))
+            if len(node.inputs) > 2:
+                node.inputs[2] = tensor
+            else:
+                node.inputs.append(tensor)
+            return True
+        new = old.astype(np.float64) + shift / beta
+        cut_constant(node, 2, new.astype(old.dtype))
+        return True
+
+    def scale(self, node: gs.Node) -> float:
+        """The factor alpha in front of the product."""
+        return float(node.attrs.get("alpha", 1.0))
+
+
+class MatMul(Linear):
+    """``MatMul`` with a constant matrix on either side.
+
+    https://onnx.ai/onnx/operators/onnx__MatMul.html
+    """
+
+    def wiring(self, node: gs.Node) -> Wiring:
+        """The constant side is the weight; channels are on the contracted axis."""
+        for weight, data, axis in ((1, 0, -1), (0, 1, -2)):
+            matrix = node.inputs[weight]
+            other = node.inputs[data]
+            if isinstance(matrix, gs.Constant) and not isinstance(other, gs.Constant):
+                if matrix.values.ndim != 2 or other.shape is None or len(other.shape) < 2:
+                    break
+                return Wiring(data, weight, None, 1, axis, axis)
+        raise Unsupported("no operand is a constant matrix")
+
+    def to_canonical(self, node: gs.Node, weight: np.ndarray) -> np.ndarray:
+        """Outputs first."""
+        return (weight.T if self.wiring(node).weight == 1 else weight)[None]
+
+    def from_canonical(self, node: gs.Node, weight: np.ndarray) -> np.ndarray:
+        """Inverse."""
+        return weight[0].T if self.wiring(node).weight == 1 else weight[0]
+
+    def layout(self, node: gs.Node, layouts: Layouts) -> None:
+        """As any linear operator, with the axes counted from the end."""
+        wiring = self.wiring(node)
+        source = layouts(node.inputs[wiring.data])
+        shape = layouts.shape(node.inputs[wiring.data])
+        _, outputs, inputs = self.weights(node).shape
+        if shape[wiring.axis_in] != inputs:
+            raise Unsupported("number of input channels is not known to match the weight")
+        axis = wiring.axis_in % source.ndim
+        result = layouts.fresh(outputs)
+        layouts.collapse(source, [a for a in range(source.ndim) if a != axis])
+        layouts.set(
+            node.outputs[0],
+            result.reshape([outputs if a == axis else 1 for a in range(source.ndim)]),
+        )
+
+
+_USED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+class _Key:
+    """Weights are numpy arrays; remember what was computed from one as long as it lives."""
+
+
+def _nonzero(tensor: gs.Constant, weights) -> np.ndarray:  # type: ignore[no-untyped-def]
+    cached = getattr(tensor, "_onnx_simplify_used", None)
+    if cached is not None and cached[0] is tensor.values:
+        return cached[1]
+    weight = weights()
+    used = weight != 0
+    if used.ndim > 3:
+        used = used.any(axis=tuple(range(3, used.ndim)))
+    tensor._onnx_simplify_used = (tensor.values, used)
+    return used
+
+
+def _any_used(used: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """For each group and output, whether it uses one of the columns (bool ``[groups, inputs]``)."""
+    return np.stack([u[:, c].any(axis=1) for u, c in zip(used, columns, strict=True)])

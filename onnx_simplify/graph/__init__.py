@@ -1,0 +1,1 @@
+"""Loading, saving, typing and cleaning ONNX graphs, over onnx-graphsurgeon."""

@@ -1,0 +1,528 @@
+"""The working copy of a model: an onnx-graphsurgeon graph plus what that library does not keep.
+
+onnx-graphsurgeon drops metadata properties, documentation strings and annotations on export, and
+copies every weight into protobuf messages.  :class:`Model` keeps the original message *without its
+weights* as a template for the export, and holds the weights as numpy arrays which are shared, never
+copied, by all working copies and all onnxruntime sessions.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Union
+
+import numpy as np
+import onnx
+import onnx.inliner
+import onnx_graphsurgeon as gs
+from google.protobuf.message import DecodeError
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
+
+from onnx_simplify.errors import ModelError
+from onnx_simplify.graph.wire import split_raw_data
+
+ModelSource = Union[str, "os.PathLike[str]", bytes, ModelProto]
+
+# Tensors up to this many bytes stay inside messages, so that shape inference can read their values.
+INLINE_BYTES = 1024
+# A single protobuf message cannot exceed 2 GiB; leave room for the nodes.
+MESSAGE_LIMIT = 2**31 - 2**24
+
+
+class Model:
+    """A model under transformation.
+
+    Attributes:
+        graph: the onnx-graphsurgeon graph; every ``Constant`` holds a numpy array.
+        template: the original message without nodes, initializers and value infos.
+        overridable: initializers that are also graph inputs in IR version 4 or newer.  A caller may
+            override them at run time, so they are plain inputs to the analysis.
+    """
+
+    def __init__(self, proto: ModelProto, arrays: dict[str, np.ndarray]):
+        """Build from a message whose initializers carry no data, and their arrays by name."""
+        self.template = ModelProto()
+        self.template.CopyFrom(proto)
+        graph = proto.graph
+        if self.template.ir_version < 4:
+            _drop_inputs(graph, {i.name for i in graph.initializer})
+            self.overridable: dict[str, TensorProto] = {}
+        else:
+            inputs = {i.name for i in graph.input}
+            self.overridable = {
+                i.name: numpy_helper.from_array(arrays[i.name], i.name)
+                for i in graph.initializer
+                if i.name in inputs
+            }
+        keep = [i for i in graph.initializer if i.name not in self.overridable]
+        del graph.initializer[:]
+        graph.initializer.extend(keep)
+        del graph.sparse_initializer[:]
+        self._protos: dict[int, NodeProto] = {}
+        sort_nodes(graph)
+        nodes = list(graph.node)
+        self.graph: gs.Graph = gs.import_onnx(proto)
+        for node, message in zip(self.graph.nodes, nodes, strict=True):
+            self._protos[id(node)] = message
+        for tensor in self.graph.tensors().values():
+            if isinstance(tensor, gs.Constant) and tensor.name in arrays:
+                tensor.values = arrays[tensor.name]
+        for node in self.graph.nodes:
+            _adopt_constant_attributes(node)
+        self._value_infos = {v.name: v for v in self.template.graph.value_info}
+        for field in ("node", "initializer", "value_info"):
+            self.template.graph.ClearField(field)
+        self._names = {t for n in self.graph.nodes for t in _node_names(n)}
+        self._names |= {t.name for t in self.graph.inputs + self.graph.outputs}
+        self._names |= captured_names(self.graph.nodes)
+
+    @property
+    def opset(self) -> int:
+        """Version of the default operator set (0 when the model imports none)."""
+        return next(
+            (o.version for o in self.template.opset_import if o.domain in ("", "ai.onnx")), 0
+        )
+
+    def unique(self, hint: str) -> str:
+        """A tensor or node name, derived from ``hint``, that the graph does not use yet."""
+        name, i = hint, 0
+        while name in self._names:
+            i += 1
+            name = f"{hint}_{i}"
+        self._names.add(name)
+        return name
+
+    def constant(self, hint: str, values: np.ndarray) -> gs.Constant:
+        """A new initializer with a unique name."""
+        return gs.Constant(self.unique(hint), np.ascontiguousarray(values))
+
+    def is_kept(self, tensor: gs.Tensor) -> bool:
+        """Whether the tensor is a graph output or is captured by a subgraph."""
+        return tensor.name in self.kept_names
+
+    @property
+    def kept_names(self) -> set[str]:
+        """Names that must survive: graph outputs and outer values used inside subgraphs."""
+        return {t.name for t in self.graph.outputs} | captured_names(self.graph.nodes)
+
+    def initializers(self) -> dict[str, np.ndarray]:
+        """All initializers the graph uses, by name."""
+        found: dict[str, np.ndarray] = {}
+        captured = captured_names(self.graph.nodes)
+        for tensor in (
+            *(t for n in self.graph.nodes for t in n.inputs),
+            *self.graph.outputs,
+            *(t for n in self.graph.nodes for t in _captured_tensors(n) if t.name in captured),
+        ):
+            if isinstance(tensor, gs.Constant):
+                found[tensor.name] = tensor.values
+        return found
+
+    def structure(self, extra_outputs: Iterable[str] = ()) -> tuple[ModelProto, dict]:
+        """The model as a message in which large initializers have a type but no data.
+
+        Returns:
+            The message, with large initializers marked as external data, and the arrays of these
+            by name.
+        """
+        proto = ModelProto()
+        proto.CopyFrom(self.template)
+        graph = proto.graph
+        large: dict[str, np.ndarray] = {}
+        for node in self.graph.nodes:
+            graph.node.append(self.export_node(node))
+        arrays = self.initializers()
+        for name, values in arrays.items():
+            if values.nbytes <= INLINE_BYTES:
+                graph.initializer.append(numpy_helper.from_array(np.asarray(values), name))
+            else:
+                graph.initializer.append(_placeholder(name, values))
+                large[name] = values
+        graph.initializer.extend(self.overridable.values())
+        if proto.ir_version < 4:
+            known = {i.name for i in graph.input}
+            keep = [i for i in graph.input if i.name in arrays or i.name in self._inputs]
+            del graph.input[:]
+            for info in keep:
+                if info.name in arrays:
+                    info = _value_info(info.name, arrays[info.name])
+                graph.input.append(info)
+            graph.input.extend(_value_info(n, a) for n, a in arrays.items() if n not in known)
+        shapes = {t.name: t for n in self.graph.nodes for t in n.outputs}
+        for name, info in self._value_infos.items():
+            tensor = shapes.get(name)
+            if tensor is None or tensor.shape is None:
+                continue
+            info = graph.value_info.add() if info is None else _copied(graph.value_info, info)
+            dims = info.type.tensor_type.shape.dim
+            if len(dims) == len(tensor.shape):
+                for dim, size in zip(dims, tensor.shape, strict=True):
+                    if dim.HasField("dim_value") and isinstance(size, int):
+                        dim.dim_value = size
+        outputs = {o.name for o in graph.output}
+        for name in extra_outputs:
+            if name not in outputs:
+                graph.output.add().name = name
+        return proto, large
+
+    @property
+    def _inputs(self) -> set[str]:
+        return {t.name for t in self.graph.inputs}
+
+    def to_proto(self) -> ModelProto:
+        """The model as one message with all weights inside.
+
+        Raises:
+            ModelError: the weights do not fit into one message (2 GiB); save them to a file with
+                external data instead.
+        """
+        proto, large = self.structure()
+        if sum(a.nbytes for a in large.values()) > MESSAGE_LIMIT:
+            raise ModelError("the model exceeds protobuf's 2 GiB: save it with external data")
+        for tensor in proto.graph.initializer:
+            if tensor.name in large:
+                tensor.ClearField("external_data")
+                tensor.ClearField("data_location")
+                tensor.raw_data = large[tensor.name].tobytes()
+        return proto
+
+    def export_node(self, node: gs.Node) -> NodeProto:
+        """The node as a message, with the documentation and metadata of the node it stems from."""
+        original = self._protos.get(id(node))
+        if original is not None and any(_is_graph(a) for a in original.attribute):
+            # Bodies are never rewritten: keep them to the letter.
+            message = NodeProto()
+            message.CopyFrom(original)
+            del message.input[:], message.output[:]
+            message.input.extend(t.name for t in node.inputs)
+            message.output.extend(t.name for t in node.outputs)
+            return message
+        message = OnnxExporter.export_node(node)
+        if original is not None:
+            for field, value in original.ListFields():
+                if field.name not in ("input", "output", "op_type", "attribute", "domain"):
+                    if field.is_repeated:
+                        getattr(message, field.name).extend(value)
+                    else:
+                        setattr(message, field.name, value)
+        return message
+
+    def replace_node(self, old: gs.Node, new: gs.Node) -> None:
+        """Let ``new`` inherit name, documentation and metadata of ``old``."""
+        new.name = old.name
+        if id(old) in self._protos:
+            self._protos[id(new)] = self._protos[id(old)]
+        self._keepalive = [*getattr(self, "_keepalive", []), old]
+
+
+def load(source: ModelSource) -> Model:
+    """Read a model from a path, serialized bytes, or a message (which is not modified).
+
+    Weights inside the file are mapped, not read; so are external ones.
+
+    Raises:
+        ModelError: the source cannot be read or is not a valid ONNX model.
+    """
+    folder: Path | None = None
+    arrays: dict[str, np.ndarray] = {}
+    if isinstance(source, ModelProto):
+        proto, arrays = _strip(source)
+    else:
+        if isinstance(source, bytes):
+            data: bytes | np.ndarray = source
+            label = "the model"
+        else:
+            path = Path(source)
+            folder = path.parent
+            label = str(path)
+            data = _map_file(path)
+        if len(data) == 0:
+            raise ModelError(f"{label} is empty: not an ONNX model")
+        skeleton, spans = split_raw_data(memoryview(data), INLINE_BYTES)
+        proto = ModelProto()
+        try:
+            proto.ParseFromString(skeleton)
+        except DecodeError as error:
+            raise ModelError(f"{label} is not an ONNX model (cannot be decoded)") from error
+        buffer = np.frombuffer(data, np.uint8)
+        for index, (start, stop) in spans.items():
+            tensor = proto.graph.initializer[index]
+            arrays[tensor.name] = _view(tensor, buffer[start:stop])
+    if not proto.graph.node and not proto.graph.output:
+        raise ModelError("not an ONNX model: it has no graph")
+    for tensor in proto.graph.initializer:
+        if tensor.name not in arrays:
+            arrays[tensor.name] = _read(tensor, folder)
+    _check(proto)
+    for tensor in proto.graph.initializer:
+        if arrays[tensor.name].nbytes > INLINE_BYTES:
+            tensor.CopyFrom(_placeholder(tensor.name, arrays[tensor.name]))
+        elif tensor.data_location == TensorProto.EXTERNAL:
+            tensor.CopyFrom(numpy_helper.from_array(np.array(arrays[tensor.name]), tensor.name))
+    if proto.functions:
+        proto = onnx.inliner.inline_local_functions(proto)
+    try:
+        return Model(proto, arrays)
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(f"not a valid ONNX graph: {_first_line(error)}") from error
+
+
+def headless(proto: ModelProto) -> ModelProto:
+    """A copy in which initializers without data have become graph inputs.
+
+    The ONNX checker and shape inference accept it, and need no weights.
+    """
+    copy = ModelProto()
+    copy.CopyFrom(proto)
+    graph = copy.graph
+    known = {i.name for i in graph.input}
+    keep = []
+    for tensor in graph.initializer:
+        if tensor.data_location != TensorProto.EXTERNAL:
+            keep.append(tensor)
+        elif tensor.name not in known:
+            graph.input.append(
+                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            )
+    keep = [_copy_tensor(t) for t in keep]
+    del graph.initializer[:]
+    graph.initializer.extend(keep)
+    return copy
+
+
+def sort_nodes(graph: GraphProto) -> None:
+    """Sort the nodes topologically, in place; stable where the order is already valid.
+
+    Raises:
+        ModelError: there is a cycle, or two nodes produce the same tensor.
+    """
+    producer: dict[str, int] = {}
+    for i, node in enumerate(graph.node):
+        for name in node.output:
+            if not name:
+                continue
+            if name in producer:
+                raise ModelError(f"invalid graph: tensor '{name}' is produced twice")
+            producer[name] = i
+    needs = []
+    users: dict[int, list[int]] = {}
+    for i, node in enumerate(graph.node):
+        sources = {producer[n] for n in _reads(node) if n in producer}
+        if i in sources:
+            raise ModelError(f"invalid graph: node '{node.name or node.op_type}' reads itself")
+        needs.append(len(sources))
+        for source in sources:
+            users.setdefault(source, []).append(i)
+    if all(producer.get(n, -1) < i for i, node in enumerate(graph.node) for n in _reads(node)):
+        return
+    ready = deque(i for i, n in enumerate(needs) if n == 0)
+    order = []
+    while ready:
+        i = ready.popleft()
+        order.append(i)
+        for user in users.get(i, ()):
+            needs[user] -= 1
+            if needs[user] == 0:
+                ready.append(user)
+    if len(order) != len(graph.node):
+        raise ModelError("invalid graph: its nodes form a cycle")
+    nodes = [NodeProto.FromString(graph.node[i].SerializeToString()) for i in order]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def captured_names(nodes: Iterable[gs.Node]) -> set[str]:
+    """Names of outer tensors that the bodies of ``If``/``Loop``/``Scan`` nodes read."""
+    return {t.name for node in nodes for t in _captured_tensors(node)}
+
+
+def _captured_tensors(node: gs.Node) -> Iterator[gs.Tensor]:
+    for value in node.attrs.values():
+        if isinstance(value, gs.Graph):
+            local = {t.name for n in value.nodes for t in n.outputs}
+            local |= {t.name for t in value.inputs}
+            for inner in value.nodes:
+                for tensor in (*inner.inputs, *_captured_tensors(inner)):
+                    if tensor.name and tensor.name not in local:
+                        yield tensor
+            yield from (t for t in value.outputs if t.name not in local)
+
+
+def _node_names(node: gs.Node) -> Iterator[str]:
+    yield node.name
+    yield from (t.name for t in node.inputs)
+    yield from (t.name for t in node.outputs)
+
+
+def _reads(node: NodeProto) -> Iterator[str]:
+    yield from node.input
+    for attribute in node.attribute:
+        for body in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
+            for inner in body.node:
+                yield from _reads(inner)
+            yield from (o.name for o in body.output)
+
+
+def _is_graph(attribute: AttributeProto) -> bool:
+    return attribute.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS)
+
+
+def _adopt_constant_attributes(node: gs.Node) -> None:
+    for value in node.attrs.values():
+        if isinstance(value, gs.Constant) and not isinstance(value._values, np.ndarray):
+            value.values = numpy_helper.to_array(value._values.tensor)
+
+
+def _drop_inputs(graph: GraphProto, names: set[str]) -> None:
+    keep = [i for i in graph.input if i.name not in names]
+    keep = [onnx.ValueInfoProto.FromString(i.SerializeToString()) for i in keep]
+    del graph.input[:]
+    graph.input.extend(keep)
+
+
+def _copied(container, message):  # type: ignore[no-untyped-def]
+    new = container.add()
+    new.CopyFrom(message)
+    return new
+
+
+def _copy_tensor(tensor: TensorProto) -> TensorProto:
+    copy = TensorProto()
+    copy.CopyFrom(tensor)
+    return copy
+
+
+def _value_info(name: str, values: np.ndarray) -> onnx.ValueInfoProto:
+    return onnx.helper.make_tensor_value_info(
+        name, onnx.helper.np_dtype_to_tensor_dtype(values.dtype), values.shape
+    )
+
+
+def _placeholder(name: str, values: np.ndarray) -> TensorProto:
+    tensor = TensorProto(
+        name=name,
+        data_type=onnx.helper.np_dtype_to_tensor_dtype(values.dtype),
+        dims=values.shape,
+        data_location=TensorProto.EXTERNAL,
+    )
+    for key, value in (("location", "memory"), ("offset", "0"), ("length", str(values.nbytes))):
+        tensor.external_data.add(key=key, value=value)
+    return tensor
+
+
+def _strip(source: ModelProto) -> tuple[ModelProto, dict[str, np.ndarray]]:
+    proto = ModelProto()
+    arrays = {}
+    for field, value in source.ListFields():
+        if field.name != "graph":
+            if field.is_repeated:
+                getattr(proto, field.name).extend(value)
+            else:
+                setattr(proto, field.name, value)
+    for field, value in source.graph.ListFields():
+        if field.name == "initializer":
+            for tensor in value:
+                if tensor.HasField("raw_data"):
+                    small = TensorProto(
+                        name=tensor.name, data_type=tensor.data_type, dims=tensor.dims
+                    )
+                    raw = tensor.raw_data
+                    if len(raw) <= INLINE_BYTES:
+                        small.raw_data = raw
+                    arrays[tensor.name] = _view(small, np.frombuffer(raw, np.uint8))
+                    proto.graph.initializer.append(small)
+                else:
+                    proto.graph.initializer.append(tensor)
+        elif field.is_repeated:
+            getattr(proto.graph, field.name).extend(value)
+        else:
+            setattr(proto.graph, field.name, value)
+    return proto, arrays
+
+
+def _view(tensor: TensorProto, raw: np.ndarray) -> np.ndarray:
+    try:
+        if tensor.data_type in (TensorProto.INT4, TensorProto.UINT4) or tensor.data_type >= 17:
+            full = _copy_tensor(tensor)
+            full.raw_data = raw.tobytes()
+            return numpy_helper.to_array(full)
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        return raw.view(dtype).reshape(tuple(tensor.dims))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"initializer '{tensor.name}' has data that do not fit its shape") from error
+
+
+def _read(tensor: TensorProto, folder: Path | None) -> np.ndarray:
+    if tensor.data_location != TensorProto.EXTERNAL:
+        try:
+            return numpy_helper.to_array(tensor)
+        except Exception as error:
+            raise ModelError(
+                f"initializer '{tensor.name}' cannot be read: {_first_line(error)}"
+            ) from error
+    entries = {e.key: e.value for e in tensor.external_data}
+    location = entries.get("location", "")
+    if folder is None:
+        raise ModelError(
+            f"initializer '{tensor.name}' is stored outside the model: pass the model's path"
+        )
+    base = folder.resolve()
+    path = (base / location).resolve()
+    if not location or os.path.isabs(location) or not path.is_relative_to(base):
+        raise ModelError(f"external data location '{location}' points outside the model's folder")
+    if not path.is_file():
+        raise ModelError(f"external data file '{location}' is missing: put it beside the model")
+    try:
+        offset = int(entries.get("offset", 0))
+        length = int(entries.get("length", path.stat().st_size - offset))
+    except ValueError as error:
+        raise ModelError(f"initializer '{tensor.name}' has a malformed external location") from error
+    data = _map_file(path)
+    if offset < 0 or length < 0 or offset + length > len(data):
+        raise ModelError(f"external data file '{location}' is too short for '{tensor.name}'")
+    raw = np.frombuffer(data, np.uint8)[offset : offset + length]
+    return _view(tensor, raw)
+
+
+def _map_file(path: Path) -> np.ndarray:
+    try:
+        if path.is_dir():
+            raise ModelError(f"{path} is a folder, not an ONNX file")
+        if path.stat().st_size == 0:
+            return np.zeros(0, np.uint8)
+        return np.memmap(path, np.uint8, mode="r")
+    except FileNotFoundError:
+        raise ModelError(f"{path} does not exist") from None
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _check(proto: ModelProto) -> None:
+    if not proto.opset_import:
+        raise ModelError("not a valid ONNX model: it imports no operator set")
+    names: set[str] = set()
+    for tensor in proto.graph.initializer:
+        if tensor.name in names:
+            raise ModelError(f"invalid graph: two initializers are named '{tensor.name}'")
+        names.add(tensor.name)
+    sort_nodes(proto.graph)
+    stripped = ModelProto()
+    stripped.CopyFrom(proto)
+    for tensor in stripped.graph.initializer:
+        if not any(f.name.endswith("_data") for f, _ in tensor.ListFields()):
+            tensor.data_location = TensorProto.EXTERNAL
+    try:
+        onnx.checker.check_model(headless(stripped))
+    except Exception as error:
+        raise ModelError(f"not a valid ONNX model: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__

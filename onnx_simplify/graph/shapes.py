@@ -1,0 +1,205 @@
+"""Types and shapes of all tensors, by ONNX shape inference with data propagation."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Union
+
+import numpy as np
+import onnx
+import onnx.shape_inference
+import onnx_graphsurgeon as gs
+
+from onnx_simplify.errors import ModelError
+from onnx_simplify.graph.model import Model, headless
+
+Dim = Union[int, str]
+"""A static size, or the symbol of a dynamic one (unknown sizes have symbols of their own)."""
+
+
+def infer(model: Model, input_shapes: Mapping[str, Sequence[int]] | None = None) -> None:
+    """Set ``dtype`` and ``shape`` of every tensor of the graph, in place.
+
+    Args:
+        model: the model.
+        input_shapes: sizes to assume for graph inputs, in place of their declared dynamic shapes.
+
+    Raises:
+        ModelError: the graph contradicts itself.
+    """
+    inferred = _infer(model, input_shapes)
+    unknown = 0
+    for tensor in model.graph.tensors().values():
+        if isinstance(tensor, gs.Constant):
+            continue
+        info = inferred.get(tensor.name)
+        if info is None or not info.HasField("tensor_type"):
+            tensor.shape = None
+            continue
+        kind = info.tensor_type
+        if kind.elem_type:
+            try:
+                tensor.dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
+            except KeyError:
+                tensor.dtype = kind.elem_type
+        if not kind.HasField("shape"):
+            tensor.shape = None
+            continue
+        shape: list[Dim] = []
+        for dim in kind.shape.dim:
+            if dim.HasField("dim_value"):
+                shape.append(dim.dim_value)
+            elif dim.dim_param:
+                shape.append(dim.dim_param)
+            else:
+                unknown += 1
+                shape.append(f"?{unknown}")
+        tensor.shape = shape
+
+
+def static_shapes(model: Model, input_shapes: Mapping[str, Sequence[int]]) -> dict:
+    """Shapes by tensor name when the graph inputs have the given sizes (unknown dims are None)."""
+    found = {}
+    for name, info in _infer(model, input_shapes).items():
+        if info.HasField("tensor_type") and info.tensor_type.HasField("shape"):
+            found[name] = [
+                d.dim_value if d.HasField("dim_value") else None
+                for d in info.tensor_type.shape.dim
+            ]
+    return found
+
+
+def _infer(
+    model: Model, input_shapes: Mapping[str, Sequence[int]] | None
+) -> dict[str, onnx.TypeProto]:
+    proto, _ = model.structure()
+    proto = headless(proto)
+    del proto.graph.value_info[:]
+    for info in proto.graph.input:
+        shape = (input_shapes or {}).get(info.name)
+        if shape is not None:
+            info.CopyFrom(
+                onnx.helper.make_tensor_value_info(
+                    info.name, info.type.tensor_type.elem_type, shape
+                )
+            )
+    if input_shapes:
+        for info in proto.graph.output:
+            if info.type.HasField("tensor_type"):
+                info.type.tensor_type.ClearField("shape")
+    try:
+        typed = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+    except Exception as error:
+        text = str(error).strip().splitlines()
+        raise ModelError(f"invalid graph: {text[0] if text else error}") from error
+    return {
+        v.name: v.type for v in (*typed.graph.input, *typed.graph.value_info, *typed.graph.output)
+    }
+
+
+class Extent:
+    """The size of a group of axes: a product of an integer and symbols."""
+
+    def __init__(self, dims: Sequence[Dim] = ()):
+        """The product of ``dims``."""
+        self.number = 1
+        self.symbols: Counter[str] = Counter()
+        for dim in dims:
+            self.multiply(dim)
+
+    def multiply(self, dim: Dim) -> None:
+        """Multiply by one more dimension, in place."""
+        if isinstance(dim, str):
+            self.symbols[dim] += 1
+        else:
+            self.number *= dim
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both are the same product."""
+        return (
+            isinstance(other, Extent)
+            and self.number == other.number
+            and self.symbols == other.symbols
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def over(self, other: Extent) -> Dim | None:
+        """The quotient, if it is one dimension."""
+        rest = self.symbols - other.symbols
+        if other.symbols - self.symbols or not other.number or self.number % other.number:
+            return None
+        number = self.number // other.number
+        if not rest:
+            return number
+        if number == 1 and sum(rest.values()) == 1:
+            return next(iter(rest))
+        return None
+
+
+def matching_blocks(
+    source: Sequence[Dim], target: Sequence[Dim]
+) -> list[tuple[range, range]] | None:
+    """Split two shapes with the same number of elements into the smallest blocks of equal size.
+
+    Returns:
+        Pairs of axis ranges, such as ``(range(1, 4), range(1, 2))`` for a flatten; None when the
+        shapes do not match.
+    """
+    blocks = []
+    i = j = 0
+    while i < len(source) or j < len(target):
+        start = i, j
+        left, right = Extent(), Extent()
+        while True:
+            if i == start[0] and i < len(source):
+                left.multiply(source[i])
+                i += 1
+            elif j == start[1] and j < len(target):
+                right.multiply(target[j])
+                j += 1
+            elif left == right:
+                break
+            elif j < len(target) and (i >= len(source) or _smaller(right, left)):
+                right.multiply(target[j])
+                j += 1
+            elif i < len(source):
+                left.multiply(source[i])
+                i += 1
+            elif j < len(target):
+                right.multiply(target[j])
+                j += 1
+            else:
+                return None
+        blocks.append((range(start[0], i), range(start[1], j)))
+    return blocks
+
+
+def _smaller(left: Extent, right: Extent) -> bool:
+    weight = (sum(left.symbols.values()), left.number)
+    return weight < (sum(right.symbols.values()), right.number)
+
+
+def reshaped(source: Sequence[Dim], request: Sequence[int], inferred: Sequence[Dim]) -> list[Dim]:
+    """Output shape of a ``Reshape`` with a constant target, resolving 0 and -1 symbolically.
+
+    Args:
+        source: the input's shape.
+        request: the target (0 copies an input dimension, -1 is inferred).
+        inferred: what shape inference found, used for what stays unknown.
+    """
+    shape: list[Dim] = []
+    for axis, size in enumerate(request):
+        shape.append(source[axis] if size == 0 and axis < len(source) else int(size))
+    if -1 in shape:
+        at = shape.index(-1)
+        rest = Extent([d for k, d in enumerate(shape) if k != at])
+        whole = Extent(source).over(rest)
+        shape[at] = whole if whole is not None else inferred[at]
+    return shape
+
+
+def constant_value(tensor: gs.Tensor) -> np.ndarray | None:
+    """The value of an initializer; None for anything computed at run time."""
+    return tensor.values if isinstance(tensor, gs.Constant) else None

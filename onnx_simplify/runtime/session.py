@@ -1,0 +1,104 @@
+"""onnxruntime sessions over a working model, sharing its weights instead of copying them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import onnx_graphsurgeon as gs
+from onnx import ModelProto
+
+from onnx_simplify.graph.model import Model
+
+PROVIDERS = ["CPUExecutionProvider"]
+
+
+class Session:
+    """An onnxruntime CPU session; holds the weights it refers to."""
+
+    def __init__(
+        self,
+        model: Model,
+        extra_outputs: Iterable[str] = (),
+        *,
+        threads: int = 0,
+        optimize: bool = False,
+    ):
+        """Open a session.
+
+        Args:
+            model: the model.
+            extra_outputs: inner tensors to expose behind the graph's own outputs.
+            threads: intra-op threads; 0 lets onnxruntime decide.
+            optimize: apply onnxruntime's graph optimisations and weight packing, as a deployment
+                would; without, opening is quicker and weights are not copied.
+        """
+        proto, large = model.structure(extra_outputs)
+        options = session_options(threads=threads, optimize=optimize)
+        # Values must outlive the session: it refers to their memory.
+        self._values = [_ort_value(a) for a in large.values()]
+        if large:
+            options.add_external_initializers(list(large), self._values)
+        self.raw = ort.InferenceSession(proto.SerializeToString(), options, providers=PROVIDERS)
+        self.output_names = [o.name for o in self.raw.get_outputs()]
+
+    def run(
+        self, feeds: dict[str, np.ndarray], outputs: Sequence[str] | None = None
+    ) -> list[np.ndarray]:
+        """Run once and return the outputs (all, or those named)."""
+        return self.raw.run(outputs, feeds)
+
+
+def session_options(*, threads: int = 0, optimize: bool = True) -> ort.SessionOptions:
+    """Quiet session options, with or without graph optimisation."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.enable_cpu_mem_arena = False
+    return options
+
+
+def run_proto(proto: ModelProto, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """Run a small self-contained model once."""
+    options = session_options(optimize=False)
+    session = ort.InferenceSession(proto.SerializeToString(), options, providers=PROVIDERS)
+    return session.run(None, feeds)
+
+
+def run_nodes(model: Model, nodes: list[gs.Node], outputs: list[str]) -> list[np.ndarray] | None:
+    """Evaluate a list of nodes that depend on initializers only.
+
+    Returns:
+        The values of the tensors named, or None when onnxruntime cannot run these nodes.
+    """
+    if not outputs:
+        return []
+    constants = {
+        t.name: t.values for n in nodes for t in n.inputs if isinstance(t, gs.Constant)
+    }
+    graph = onnx.helper.make_graph(
+        [model.export_node(n) for n in nodes],
+        "constants",
+        [],
+        [onnx.ValueInfoProto(name=n) for n in outputs],
+        [onnx.numpy_helper.from_array(np.asarray(v), n) for n, v in constants.items()],
+    )
+    proto = ModelProto(ir_version=min(model.template.ir_version, 10), graph=graph)
+    proto.opset_import.extend(model.template.opset_import)
+    try:
+        return run_proto(proto, {})
+    except Exception:  # onnxruntime raises many types; not folding is always right
+        return None
+
+
+def _ort_value(array: np.ndarray) -> ort.OrtValue:
+    array = np.require(array, requirements=["C", "A"])
+    kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+    if array.dtype.kind == "V" or array.dtype.type.__module__ == "ml_dtypes":
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), kind)
+    return ort.OrtValue.ortvalue_from_numpy(array)
