@@ -28,3 +28,10 @@ class CannotVerifyError(SimplifyError):
     """The original model itself does not run on any input that could be made."""
 
     exit_code = 3
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, without onnxruntime's error codes."""
+    text = str(error).strip().splitlines()
+    line = text[0] if text else type(error).__name__
+    return line.split(" : ", 3)[-1] if line.startswith("[ONNXRuntimeError]") else line

@@ -5,5 +5,6 @@ needs the ``pruning`` extra as well. Nothing in ``onnx_simplify`` imports this p
 """
 
 from torch_bridge.export import ExportError, export
+from torch_bridge.pruning import coupled, ln_structured, random_structured, slim
 
-__all__ = ["ExportError", "export"]
+__all__ = ["ExportError", "coupled", "export", "ln_structured", "random_structured", "slim"]

@@ -8,7 +8,7 @@ place of scalars; the rules of each operator are in :mod:`onnx_simplify.channels
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -16,8 +16,13 @@ import onnx_graphsurgeon as gs
 from onnx_simplify.channels.layouts import Layouts, Unsupported
 from onnx_simplify.channels.operators import OPAQUE, Operator, lookup
 from onnx_simplify.channels.values import MAP, UNIFORM, VARYING, Constants
-from onnx_simplify.graph.model import Model, captured_names
+from onnx_simplify.graph.model import Model
 from onnx_simplify.graph.shapes import infer
+
+
+Chooser = Callable[[gs.Node, "Analysis", np.ndarray], bool]
+Absorbed = dict[tuple[int, int], np.ndarray]
+"""Masks of input positions by (``id(node)``, input index)."""
 
 
 class Analysis:
@@ -30,13 +35,8 @@ class Analysis:
         constants: measured values of constant channels, once measured.
     """
 
-    def __init__(self, model: Model, pinned: Collection[str] = ()):
-        """Infer shapes and follow all channels.
-
-        Args:
-            model: a cleaned model.
-            pinned: names of tensors, nodes or initializers whose channels must stay.
-        """
+    def __init__(self, model: Model):
+        """Infer shapes and follow all channels of a cleaned model."""
         self.model = model
         infer(model)
         self.layouts = Layouts(model)
@@ -50,15 +50,15 @@ class Analysis:
                 self.layouts.set(tensor, layout)
                 self.layouts.freeze(layout)
         for node in model.graph.nodes:
-            self._follow(node, pinned)
-        captured = captured_names(model.graph.nodes)
-        for name in {t.name for t in model.graph.outputs} | captured:
+            self._follow(node)
+        for name in self.kept_names | model.pinned:
             if name in self.layouts.of:
                 self.layouts.freeze(self.layouts.of[name])
         self.layouts.unite()
 
-    def _follow(self, node: gs.Node, pinned: Collection[str]) -> None:
-        rule = lookup(node, self.model.opset)
+    def _follow(self, node: gs.Node) -> None:
+        # Before version 7 of the operator set, broadcasting followed other rules.
+        rule = lookup(node) if self.model.opset >= 7 else OPAQUE
         try:
             rule.layout(node, self.layouts)
         except Unsupported as reason:
@@ -66,12 +66,10 @@ class Analysis:
             rule = OPAQUE
             rule.layout(node, self.layouts)
         self.rule[id(node)] = rule
-        if pinned:
-            names = {node.name, *(t.name for t in node.inputs if isinstance(t, gs.Constant))}
-            for tensor in node.outputs:
-                if tensor.name in pinned or names & set(pinned):
-                    if tensor.name in self.layouts.of:
-                        self.layouts.freeze(self.layouts.of[tensor.name])
+
+    def is_opaque(self, node: gs.Node) -> bool:
+        """Whether no rule applies to the node."""
+        return self.rule[id(node)] is OPAQUE
 
     def has(self, tensor: gs.Tensor) -> bool:
         """Whether the tensor is a variable whose channels are followed."""
@@ -97,12 +95,12 @@ class Analysis:
             for tensor, level in zip(node.outputs, results, strict=False):
                 if not self.has(tensor):
                     continue
-                layout = self.layouts.of[tensor.name]
+                shape = self.layouts.of[tensor.name].shape
                 if level is None:
-                    level = np.zeros(layout.shape, np.int8)
+                    level = np.zeros(shape, np.int8)
                 if self.constants is not None:
-                    level = np.where(self.constants.agree(tensor.name, layout.shape), level, 0)
-                self.level[tensor.name] = level.astype(np.int8)
+                    level = np.where(self.constants.agree(tensor.name, shape), level, VARYING)
+                self.level[tensor.name] = np.broadcast_to(level, shape).astype(np.int8)
 
     def _vary(self, tensor: gs.Tensor) -> None:
         self.level[tensor.name] = np.full(self.layouts.of[tensor.name].shape, VARYING, np.int8)
@@ -133,11 +131,47 @@ class Analysis:
             return (values == 0).all(axis=axes, keepdims=True)
         constant = self.level[tensor.name] > VARYING
         if self.constants is not None:
-            constant = constant & (self.constants.scalar(tensor.name, constant.shape) == 0)
+            constant = constant & (self.scalar(tensor) == 0)
         pad = (1,) * (len(shape) - constant.ndim)
         return constant.reshape(pad + constant.shape)
 
-    def need(self, absorbed: dict[tuple[int, int], np.ndarray] | None = None) -> dict:
+    def scalar(self, tensor: gs.Tensor) -> np.ndarray:
+        """Value of each position that is one constant everywhere, NaN elsewhere (float64).
+
+        For an initializer, its values (of the initializer's own shape).
+        """
+        if isinstance(tensor, gs.Constant):
+            return np.asarray(tensor.values, np.float64)
+        level = self.level[tensor.name]
+        if self.constants is None:
+            return np.full(level.shape, np.nan)
+        value = self.constants.scalar(tensor.name, level.shape, proven=level == UNIFORM)
+        return np.where(level > VARYING, value, np.nan)
+
+    def array(self, tensor: gs.Tensor) -> np.ndarray | None:
+        """The measured values of a tensor some of whose positions are maps, if usable.
+
+        The result has size 1 along axes where constants do not vary.  None when there is no
+        measurement, or when constants vary along an axis of dynamic size.
+        """
+        found = None if self.constants is None else self.constants.arrays.get(tensor.name)
+        if found is None:
+            return None
+        layout = self.layouts.of[tensor.name]
+        constant = np.broadcast_to(self.level[tensor.name] > VARYING, found.shape)
+        for axis, size in enumerate(self.shape(tensor)):
+            if layout.shape[axis] > 1 or found.shape[axis] == 1:
+                continue
+            first = found.take([0], axis)
+            same = np.isclose(found, first, rtol=1e-6, atol=0) | ~constant
+            if same.all():
+                found = first
+                constant = constant.take([0], axis)
+            elif not isinstance(size, int):
+                return None
+        return found
+
+    def need(self, absorbed: Absorbed | None = None) -> dict[str, np.ndarray]:
         """Which positions some live output depends on, by tensor name.
 
         Args:
@@ -150,13 +184,15 @@ class Analysis:
                 need[name][...] = True
         for node in reversed(self.model.graph.nodes):
             outputs = [need.get(t.name) for t in node.outputs]
-            used = any(o is not None and o.any() for o in outputs)
-            if not used and all(o is not None or not t.name or not self._read(t)
-                                for t, o in zip(node.outputs, outputs, strict=True)):
+            known = any(o is not None and o.any() for o in outputs)
+            if not known and not any(
+                o is None and t.name and self._read(t)
+                for t, o in zip(node.outputs, outputs, strict=True)
+            ):
                 continue
             wanted = self.rule[id(node)].need(node, self, outputs)
             for index, (tensor, mask) in enumerate(zip(node.inputs, wanted, strict=False)):
-                if mask is None or tensor.name not in need or isinstance(tensor, gs.Constant):
+                if mask is None or not self.has(tensor):
                     continue
                 skip = (absorbed or {}).get((id(node), index))
                 if skip is not None:
@@ -167,20 +203,20 @@ class Analysis:
     def _read(self, tensor: gs.Tensor) -> bool:
         return tensor.name in self.kept_names or bool(self.layouts.readers.get(tensor.name))
 
-    def alive(self, need: dict) -> np.ndarray:
+    def alive(self, need: dict[str, np.ndarray]) -> np.ndarray:
         """Labels of channels that stay: needed somewhere, or frozen."""
         alive = self.layouts.frozen.copy()
         for name, mask in need.items():
             alive[self.layouts.of[name][mask]] = True
         return alive
 
-    def close(self, alive: np.ndarray, planner=None) -> np.ndarray:  # type: ignore[no-untyped-def]
+    def close(self, alive: np.ndarray, choose: Chooser | None = None) -> np.ndarray:
         """Revive channels until every node can be rewritten; the argument is modified.
 
         Args:
             alive: labels that stay.
-            planner: optional callable ``(node, rule, analysis, alive) -> bool`` that revives
-                channels for speed and says whether it did.
+            choose: optional callable ``(node, analysis, alive) -> bool`` that revives channels for
+                speed and says whether it did.
         """
         again = True
         while again:
@@ -191,8 +227,8 @@ class Analysis:
                 rule = self.rule[id(node)]
                 again |= rule.constrain(node, self, alive)
                 again |= self._never_empty(node, rule, alive)
-                if planner is not None:
-                    again |= planner(node, rule, self, alive)
+                if choose is not None:
+                    again |= choose(node, self, alive)
                 for tensor in (*node.inputs, *node.outputs):
                     again |= self._grid(tensor, alive)
         return alive
@@ -229,15 +265,17 @@ class Analysis:
     def _grid(self, tensor: gs.Tensor, alive: np.ndarray) -> bool:
         if not self.has(tensor):
             return False
-        layout = self.layouts.of[tensor.name]
-        if sum(s > 1 for s in layout.shape) < 2:
-            return False
-        mask = alive[layout]
+        gaps = self.grid_gaps(tensor, alive)
+        alive[self.layouts.of[tensor.name][gaps]] = True
+        return bool(gaps.any())
+
+    def grid_gaps(self, tensor: gs.Tensor, alive: np.ndarray) -> np.ndarray:
+        """Dead positions that must stay so that the tensor's positions form a grid."""
+        mask = alive[self.layouts.of[tensor.name]]
+        if sum(s > 1 for s in mask.shape) < 2:
+            return np.zeros_like(mask)
         full = np.ones_like(mask)
         for axis in range(mask.ndim):
             others = tuple(k for k in range(mask.ndim) if k != axis)
             full &= mask.any(axis=others, keepdims=True)
-        if np.array_equal(full, mask):
-            return False
-        alive[layout[full]] = True
-        return True
+        return full & ~mask

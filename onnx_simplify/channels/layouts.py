@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnx_simplify.graph.cleanup import consumers
+from onnx_simplify.graph.edit import consumers
 from onnx_simplify.graph.model import Model
 from onnx_simplify.graph.shapes import Dim
 

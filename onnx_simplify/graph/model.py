@@ -22,7 +22,7 @@ from google.protobuf.message import DecodeError
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
-from onnx_simplify.errors import ModelError
+from onnx_simplify.errors import ModelError, first_line
 from onnx_simplify.graph.wire import split_raw_data
 
 ModelSource = Union[str, "os.PathLike[str]", bytes, ModelProto]
@@ -41,6 +41,8 @@ class Model:
         template: the original message without nodes, initializers and value infos.
         overridable: initializers that are also graph inputs in IR version 4 or newer.  A caller may
             override them at run time, so they are plain inputs to the analysis.
+        kept_names: tensors that must survive: graph outputs and outer values used in subgraphs.
+        pinned: tensors whose channels must stay, see :meth:`pin`.
     """
 
     def __init__(self, proto: ModelProto, arrays: dict[str, np.ndarray]):
@@ -78,7 +80,10 @@ class Model:
             self.template.graph.ClearField(field)
         self._names = {t for n in self.graph.nodes for t in _node_names(n)}
         self._names |= {t.name for t in self.graph.inputs + self.graph.outputs}
-        self._names |= captured_names(self.graph.nodes)
+        captured = captured_names(self.graph.nodes)
+        self._names |= captured
+        self.kept_names = frozenset(captured | {t.name for t in self.graph.outputs})
+        self.pinned: set[str] = set()
 
     @property
     def opset(self) -> int:
@@ -100,14 +105,29 @@ class Model:
         """A new initializer with a unique name."""
         return gs.Constant(self.unique(hint), np.ascontiguousarray(values))
 
+    def pin(self, names: Iterable[str]) -> None:
+        """Keep all channels of tensors, of nodes' outputs, or of the outputs of weights' users.
+
+        Raises:
+            ModelError: nothing has one of these names.
+        """
+        for name in names:
+            found = {
+                t.name
+                for node in self.graph.nodes
+                for t in node.outputs
+                if name in (node.name, t.name)
+                or any(isinstance(i, gs.Constant) and i.name == name for i in node.inputs)
+            }
+            if not found and name not in self.input_names:
+                raise ModelError(
+                    f"cannot pin '{name}': no tensor, node or initializer has that name"
+                )
+            self.pinned |= found
+
     def is_kept(self, tensor: gs.Tensor) -> bool:
         """Whether the tensor is a graph output or is captured by a subgraph."""
         return tensor.name in self.kept_names
-
-    @property
-    def kept_names(self) -> set[str]:
-        """Names that must survive: graph outputs and outer values used inside subgraphs."""
-        return {t.name for t in self.graph.outputs} | captured_names(self.graph.nodes)
 
     def initializers(self) -> dict[str, np.ndarray]:
         """All initializers the graph uses, by name."""
@@ -121,6 +141,15 @@ class Model:
             if isinstance(tensor, gs.Constant):
                 found[tensor.name] = tensor.values
         return found
+
+    def copy(self) -> Model:
+        """A working copy that shares the weights."""
+        proto, _ = self.structure()
+        arrays = self.initializers()
+        arrays |= {n: numpy_helper.to_array(t) for n, t in self.overridable.items()}
+        other = Model(proto, arrays)
+        other.pinned = set(self.pinned)
+        return other
 
     def structure(self, extra_outputs: Iterable[str] = ()) -> tuple[ModelProto, dict]:
         """The model as a message in which large initializers have a type but no data.
@@ -145,7 +174,7 @@ class Model:
         graph.initializer.extend(self.overridable.values())
         if proto.ir_version < 4:
             known = {i.name for i in graph.input}
-            keep = [i for i in graph.input if i.name in arrays or i.name in self._inputs]
+            keep = [i for i in graph.input if i.name in arrays or i.name in self.input_names]
             del graph.input[:]
             for info in keep:
                 if info.name in arrays:
@@ -170,7 +199,8 @@ class Model:
         return proto, large
 
     @property
-    def _inputs(self) -> set[str]:
+    def input_names(self) -> set[str]:
+        """Names of the graph's inputs (initializers are none, in any IR version)."""
         return {t.name for t in self.graph.inputs}
 
     def to_proto(self) -> ModelProto:
@@ -270,7 +300,7 @@ def load(source: ModelSource) -> Model:
     except ModelError:
         raise
     except Exception as error:
-        raise ModelError(f"not a valid ONNX graph: {_first_line(error)}") from error
+        raise ModelError(f"not a valid ONNX graph: {first_line(error)}") from error
 
 
 def headless(proto: ModelProto) -> ModelProto:
@@ -464,7 +494,7 @@ def _read(tensor: TensorProto, folder: Path | None) -> np.ndarray:
             return numpy_helper.to_array(tensor)
         except Exception as error:
             raise ModelError(
-                f"initializer '{tensor.name}' cannot be read: {_first_line(error)}"
+                f"initializer '{tensor.name}' cannot be read: {first_line(error)}"
             ) from error
     entries = {e.key: e.value for e in tensor.external_data}
     location = entries.get("location", "")
@@ -520,9 +550,4 @@ def _check(proto: ModelProto) -> None:
     try:
         onnx.checker.check_model(headless(stripped))
     except Exception as error:
-        raise ModelError(f"not a valid ONNX model: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__
+        raise ModelError(f"not a valid ONNX model: {first_line(error)}") from error

@@ -181,25 +181,28 @@ def _smaller(left: Extent, right: Extent) -> bool:
     return weight < (sum(right.symbols.values()), right.number)
 
 
-def reshaped(source: Sequence[Dim], request: Sequence[int], inferred: Sequence[Dim]) -> list[Dim]:
-    """Output shape of a ``Reshape`` with a constant target, resolving 0 and -1 symbolically.
+def resolve(
+    source: Sequence[Dim], inferred: Sequence[Dim], request: Sequence[int] | None = None
+) -> list[Dim]:
+    """Output shape of a ``Reshape``, with sizes that inference did not find where possible.
 
     Args:
         source: the input's shape.
-        request: the target (0 copies an input dimension, -1 is inferred).
-        inferred: what shape inference found, used for what stays unknown.
+        inferred: what shape inference found (symbols that start with ``?`` stand for nothing).
+        request: the target, where it is constant: 0 copies an input dimension, -1 is inferred.
     """
-    shape: list[Dim] = []
-    for axis, size in enumerate(request):
-        shape.append(source[axis] if size == 0 and axis < len(source) else int(size))
-    if -1 in shape:
-        at = shape.index(-1)
-        rest = Extent([d for k, d in enumerate(shape) if k != at])
+    shape = list(inferred)
+    for axis, size in enumerate(request or ()):
+        if size == 0 and axis < len(source):
+            shape[axis] = source[axis]
+        elif size > 0:
+            shape[axis] = int(size)
+    unknown = [a for a, d in enumerate(shape) if isinstance(d, str) and d not in source]
+    if request is not None and -1 in list(request):
+        unknown = [list(request).index(-1)]
+    if len(unknown) == 1:
+        rest = Extent([d for a, d in enumerate(shape) if a != unknown[0]])
         whole = Extent(source).over(rest)
-        shape[at] = whole if whole is not None else inferred[at]
+        if whole is not None:
+            shape[unknown[0]] = whole
     return shape
-
-
-def constant_value(tensor: gs.Tensor) -> np.ndarray | None:
-    """The value of an initializer; None for anything computed at run time."""
-    return tensor.values if isinstance(tensor, gs.Constant) else None

@@ -9,7 +9,7 @@ kilobytes and goes through the ordinary parser.
 from __future__ import annotations
 
 # Field numbers of onnx.proto: ModelProto.graph, GraphProto.initializer, TensorProto.raw_data.
-_GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
+GRAPH, INITIALIZER, RAW_DATA = 7, 5, 9
 
 
 class _Malformed(Exception):
@@ -30,34 +30,35 @@ def split_raw_data(data: memoryview, limit: int) -> tuple[bytes, dict[int, tuple
     """
     spans: dict[int, tuple[int, int]] = {}
     try:
-        graphs = [f for f in _fields(data, 0, len(data)) if f[0] == _GRAPH and f[1] == 2]
+        graphs = [f for f in _fields(data, 0, len(data)) if f[0] == GRAPH and f[1] == 2]
         if len(graphs) != 1:
             return bytes(data), {}
         _, _, graph_head, graph_start, graph_stop = graphs[0]
         pieces: list[bytes | memoryview] = []
         index = -1
         for number, kind, head, start, stop in _fields(data, graph_start, graph_stop):
-            if number != _INITIALIZER or kind != 2:
+            if number != INITIALIZER or kind != 2:
                 pieces.append(data[head:stop])
                 continue
             index += 1
-            raw = [f for f in _fields(data, start, stop) if f[0] == _RAW_DATA and f[1] == 2]
+            raw = [f for f in _fields(data, start, stop) if f[0] == RAW_DATA and f[1] == 2]
             if len(raw) != 1 or raw[0][4] - raw[0][3] <= limit:
                 pieces.append(data[head:stop])
                 continue
             _, _, raw_head, raw_start, raw_stop = raw[0]
             spans[index] = (raw_start, raw_stop)
             body = bytes(data[start:raw_head]) + bytes(data[raw_stop:stop])
-            pieces += [_tag(_INITIALIZER), _varint(len(body)), body]
+            pieces += [length_prefix(INITIALIZER, len(body)), body]
         graph = b"".join(pieces)
-        head = bytes(data[:graph_head]) + _tag(_GRAPH) + _varint(len(graph))
+        head = bytes(data[:graph_head]) + length_prefix(GRAPH, len(graph))
         return head + graph + bytes(data[graph_stop:]), spans
     except _Malformed:
         return bytes(data), {}
 
 
-def _tag(number: int) -> bytes:
-    return _varint(number << 3 | 2)
+def length_prefix(number: int, length: int) -> bytes:
+    """What stands in front of a field of bytes or of a message: its tag and its length."""
+    return _varint(number << 3 | 2) + _varint(length)
 
 
 def _varint(value: int) -> bytes:

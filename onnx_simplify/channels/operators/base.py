@@ -1,4 +1,8 @@
-"""What the analysis and the passes ask of an operator."""
+"""What the analysis and the passes ask of an operator.
+
+Every array of ids, levels or masks is shaped like the *layout* of the tensor it speaks of (see
+:mod:`onnx_simplify.channels.layouts`).
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,13 @@ from typing import TYPE_CHECKING, Optional
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnx_simplify.channels.values import MAP
+
 if TYPE_CHECKING:
     from onnx_simplify.channels.analysis import Analysis
     from onnx_simplify.channels.cut import Cut
     from onnx_simplify.channels.layouts import Layouts
+    from onnx_simplify.graph.shapes import Dim
 
 Masks = list[Optional[np.ndarray]]
 
@@ -65,9 +72,13 @@ class Operator:
         """Inputs whose constant values decide something."""
         return []
 
+    def macs(self, node: gs.Node, shapes: dict[str, list[int]]) -> int:
+        """Multiply-accumulate operations for tensors of the given sizes."""
+        return 0
+
 
 class Shape(Operator):
-    """``Shape``: reads sizes, not values.
+    """``Shape``: reads sizes, not values (https://onnx.ai/onnx/operators/onnx__Shape.html).
 
     When a size it reports shrinks, the reported number is put back, so that whatever is computed
     from it stays as it was.
@@ -86,16 +97,16 @@ class Shape(Operator):
 
     def shrink(self, node: gs.Node, cut: Cut) -> None:
         """Overwrite the entries of cut axes with the original sizes."""
-        source = node.inputs[0]
-        sizes = cut.analysis.shape(source)
-        axes = list(range(len(sizes)))
-        axes = axes[node.attrs.get("start", 0) :][: None]
-        end = node.attrs.get("end")
-        if end is not None:
-            axes = [a for a in axes if a < (end if end >= 0 else end + len(sizes))]
-        kept = cut.kept(source)
-        if any(a in kept for a in axes):
-            cut.override_output(node, [sizes[a] if a in kept else None for a in axes])
+        kept = cut.kept(node.inputs[0])
+        axes = range(len(cut.analysis.shape(node.inputs[0])))
+        start, end = int(node.attrs.get("start", 0)), node.attrs.get("end")
+        entries = {
+            position: int(kept[axis].size)
+            for position, axis in enumerate(axes[start:end])
+            if axis in kept
+        }
+        if entries:
+            cut.override_output(node, entries)
 
 
 OPAQUE = Operator()
@@ -109,7 +120,7 @@ def attr_ints(node: gs.Node, name: str, default: list[int]) -> list[int]:
 def constant_input(node: gs.Node, index: int) -> np.ndarray | None:
     """The value of an optional input if it is an initializer; None when absent or computed."""
     if len(node.inputs) > index and isinstance(node.inputs[index], gs.Constant):
-        return node.inputs[index].values
+        return np.asarray(node.inputs[index].values)
     return None
 
 
@@ -118,6 +129,38 @@ def has_input(node: gs.Node, index: int) -> bool:
     return len(node.inputs) > index and bool(node.inputs[index].name)
 
 
-def is_static(shape: list, axes: list[int]) -> bool:
+def constant_ints(node: gs.Node, index: int, attribute: str) -> list[int] | None:
+    """Integers given as an initializer input or, in older operator sets, as an attribute.
+
+    Returns:
+        None when neither is there, or the input is computed.
+    """
+    values = constant_input(node, index)
+    if values is not None:
+        return [int(v) for v in values.ravel()]
+    if attribute in node.attrs and not has_input(node, index):
+        found = node.attrs[attribute]
+        return [int(v) for v in (found if isinstance(found, (list, tuple)) else [found])]
+    return None
+
+
+def is_static(shape: list[Dim], axes: list[int] | range) -> bool:
     """Whether the sizes along all ``axes`` are known."""
     return all(isinstance(shape[a], int) for a in axes)
+
+
+def reduce_to(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Combine a mask with `or` over the axes along which an operand of ``shape`` is broadcast."""
+    lead = mask.ndim - len(shape)
+    mask = mask.any(axis=tuple(range(lead))) if lead > 0 else mask
+    axes = tuple(a for a, s in enumerate(shape) if s == 1 and mask.shape[a] > 1)
+    mask = mask.any(axis=axes, keepdims=True) if axes else mask
+    return np.broadcast_to(mask, shape)
+
+
+def min_to(level: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The weakest level over axes that the output does not track; positions may then differ."""
+    axes = tuple(a for a, s in enumerate(shape) if s == 1 and level.shape[a] > 1)
+    if not axes:
+        return level
+    return np.minimum(level.min(axis=axes, keepdims=True), MAP)

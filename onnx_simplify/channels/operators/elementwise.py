@@ -8,7 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.layouts import Layouts, Unsupported
-from onnx_simplify.channels.operators.base import Masks, Operator
+from onnx_simplify.channels.operators.base import Masks, Operator, constant_input, min_to, reduce_to
 from onnx_simplify.channels.values import MAP, UNIFORM, VARYING
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 NAMES = frozenset(
     """Abs Acos Acosh Add And Asin Asinh Atan Atanh BitShift BitwiseAnd BitwiseNot BitwiseOr
-    BitwiseXor Cast CastLike Ceil Celu Clip Cos Cosh Div Elu Equal Erf Exp Floor Gelu Greater
+    BitwiseXor Cast Ceil Celu Clip Cos Cosh Div Elu Equal Erf Exp Floor Gelu Greater
     GreaterOrEqual HardSigmoid HardSwish Identity IsInf IsNaN LeakyRelu Less LessOrEqual Log Max Mean
     Min Mish Mod Mul Neg Not Or PRelu Pow Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin Sinh
     Softplus Softsign Sqrt Sub Sum Swish Tan Tanh ThresholdedRelu Where Xor""".split()
@@ -89,10 +89,9 @@ class Elementwise(Operator):
                 found.append(None)
                 continue
             mask = wanted
-            if node.op == "Mul" and analysis.level:
-                other = node.inputs[1 - index]
-                if isinstance(other, gs.Constant) or analysis.constants is not None:
-                    mask = mask & ~analysis.zero(other, wanted.shape)
+            other = node.inputs[1 - index] if node.op == "Mul" else None
+            if isinstance(other, gs.Constant):
+                mask = mask & ~analysis.zero(other, wanted.shape)
             found.append(reduce_to(mask, analysis.layouts.of[tensor.name].shape))
         return found
 
@@ -105,7 +104,7 @@ class Elementwise(Operator):
                 offset = rank - len(tensor.shape)
                 own = {a - offset: k for a, k in kept.items()
                        if a >= offset and tensor.shape[a - offset] > 1}
-                cut.slice_constant(node, index, own)
+                cut.slice(node, index, own)
 
     def wants_values(self, node: gs.Node, analysis: Analysis) -> list[int]:
         """Factors; and operands that are constant altogether, which can become initializers."""
@@ -116,6 +115,18 @@ class Elementwise(Operator):
                 if (level > VARYING).all() or (node.op == "Mul" and (level > VARYING).any()):
                     wanted.append(index)
         return wanted
+
+
+class Dropout(Elementwise):
+    """``Dropout`` in inference mode: the identity (https://onnx.ai/onnx/operators/onnx__Dropout.html)."""
+
+    def layout(self, node: gs.Node, layouts: Layouts) -> None:
+        """Channels pass through, if the node cannot be in training mode."""
+        mode = constant_input(node, 2)
+        training = bool(mode) if mode is not None else len(node.inputs) > 2
+        if training or sum(bool(t.name) for t in node.outputs) > 1:
+            raise Unsupported("may be in training mode")
+        super().layout(node, layouts)
 
 
 class ChannelAffine(Operator):
@@ -137,47 +148,38 @@ class ChannelAffine(Operator):
         layouts.set(node.outputs[0], layout)
 
     def level(self, node: gs.Node, analysis: Analysis) -> Masks:
-        """Constant in, constant out (a uniform channel normalises to its bias at any size)."""
-        source = node.inputs[0]
-        level = analysis.level[source.name]
+        """Constant in, constant out; a scale of zero leaves the bias, whatever comes in."""
         shape = analysis.layouts.of[node.outputs[0].name].shape
-        level = min_to(level, shape)
-        finite = np.ones(shape[1], bool)
+        level = min_to(analysis.level[node.inputs[0].name], shape)
+        finite = np.ones(1, bool)
         for tensor in node.inputs[1:]:
-            values = np.isfinite(tensor.values)
-            finite &= values if shape[1] > 1 else values.all()
-        return [np.where(finite.reshape([1, -1] + [1] * (len(shape) - 2)), level, VARYING)]
+            finite = finite & np.isfinite(tensor.values)
+        level = np.where(self._per_channel(self._erased(node), shape), UNIFORM, level)
+        return [np.where(self._per_channel(finite, shape), level, VARYING)]
 
     def need(self, node: gs.Node, analysis: Analysis, outputs: Masks) -> Masks:
-        """Channel by channel."""
-        assert outputs[0] is not None
+        """Channel by channel, unless the scale is zero."""
+        wanted = outputs[0]
+        assert wanted is not None
+        wanted = wanted & ~self._per_channel(self._erased(node), wanted.shape)
         shape = analysis.layouts.of[node.inputs[0].name].shape
-        return [np.broadcast_to(outputs[0], shape)]
+        return [np.broadcast_to(wanted, shape)]
+
+    def _erased(self, node: gs.Node) -> np.ndarray:
+        return np.asarray(node.inputs[1].values == 0)
+
+    def _per_channel(self, mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """A mask per channel as an array that broadcasts to the layout's shape."""
+        mask = mask if shape[1] == mask.size else mask.all(keepdims=True).reshape(1)
+        return mask.reshape([1, -1] + [1] * (len(shape) - 2))
 
     def shrink(self, node: gs.Node, cut: Cut) -> None:
         """Slice the parameters."""
         kept = cut.kept(node.outputs[0])
         if 1 in kept:
             for index in range(1, len(node.inputs)):
-                cut.slice_constant(node, index, {0: kept[1]})
+                cut.slice(node, index, {0: kept[1]})
 
 
 def _aligned(array: np.ndarray, rank: int) -> np.ndarray:
     return array.reshape((1,) * (rank - array.ndim) + array.shape)
-
-
-def reduce_to(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Combine a mask with `or` over the axes along which an operand of ``shape`` is broadcast."""
-    lead = mask.ndim - len(shape)
-    mask = mask.any(axis=tuple(range(lead))) if lead else mask
-    axes = tuple(a for a, s in enumerate(shape) if s == 1 and mask.shape[a] > 1)
-    mask = mask.any(axis=axes, keepdims=True) if axes else mask
-    return np.broadcast_to(mask, shape)
-
-
-def min_to(level: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The weakest level over axes that the output does not track; positions may then differ."""
-    axes = tuple(a for a, s in enumerate(shape) if s == 1 and level.shape[a] > 1)
-    if not axes:
-        return level
-    return np.minimum(level.min(axis=axes, keepdims=True), MAP)

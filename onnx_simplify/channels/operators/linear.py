@@ -6,7 +6,7 @@ per group, *kernel]``, on which the rules are written once.
 
 from __future__ import annotations
 
-import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,13 +20,17 @@ from onnx_simplify.channels.operators.base import (
     attr_ints,
     constant_input,
     has_input,
+    is_static,
+    min_to,
 )
-from onnx_simplify.channels.operators.elementwise import min_to
 from onnx_simplify.channels.values import MAP, UNIFORM, VARYING
 
 if TYPE_CHECKING:
     from onnx_simplify.channels.analysis import Analysis
     from onnx_simplify.channels.cut import Cut
+
+
+Put = Callable[[gs.Node, int, np.ndarray], None]
 
 
 @dataclass(frozen=True)
@@ -69,9 +73,13 @@ class Linear(Operator):
         """Inverse of :meth:`to_canonical`."""
         raise NotImplementedError
 
-    def spreads(self, node: gs.Node, analysis: Analysis) -> str:
-        """What becomes of a uniform non-zero input: 'uniform', 'map', or 'varying'."""
-        return "uniform"
+    def spread_axes(self, node: gs.Node) -> list[int]:
+        """Axes along which a uniform non-zero input does not give a uniform output."""
+        return []
+
+    def is_static(self, node: gs.Node, analysis: Analysis) -> bool:
+        """Whether sizes along :meth:`spread_axes` are static, so that a map may be used."""
+        return is_static(analysis.shape(node.inputs[0]), self.spread_axes(node))
 
     def weights(self, node: gs.Node) -> np.ndarray:
         """The canonical weights of the node."""
@@ -120,12 +128,6 @@ class Linear(Operator):
         shape = [s if a == wiring.axis_in % level.ndim else 1 for a, s in enumerate(level.shape)]
         return self._expand(min_to(level, tuple(shape)).ravel(), node)
 
-    def input_mask(self, node: gs.Node, mask: np.ndarray) -> np.ndarray:
-        """A mask shaped like the input's layout, per input channel (`any` over other axes)."""
-        wiring = self.wiring(node)
-        axes = tuple(a for a in range(mask.ndim) if a != wiring.axis_in % mask.ndim)
-        return self._expand(mask.any(axis=axes).ravel(), node)
-
     def _expand(self, flat: np.ndarray, node: gs.Node) -> np.ndarray:
         groups, _, inputs = self.weights(node).shape[:3]
         return flat if flat.size == groups * inputs else np.repeat(flat, groups * inputs)
@@ -138,16 +140,27 @@ class Linear(Operator):
         axes = tuple(a for a in range(zero.ndim) if a != wiring.axis_in % zero.ndim)
         return self._expand(zero.all(axis=axes).ravel(), node)
 
+    def input_values(self, node: gs.Node, analysis: Analysis) -> np.ndarray:
+        """The constant of each uniform input channel, NaN elsewhere (float64 ``(inputs,)``)."""
+        wiring = self.wiring(node)
+        value = analysis.scalar(node.inputs[wiring.data])
+        axes = tuple(a for a in range(value.ndim) if a != wiring.axis_in % value.ndim)
+        first = value.min(axis=axes)
+        return self._expand(np.where(first == value.max(axis=axes), first, np.nan), node)
+
+    def window(self, node: gs.Node, axis: int) -> int:
+        """The smallest size of the input along an axis for which there is an output."""
+        return 1
+
     def level(self, node: gs.Node, analysis: Analysis) -> Masks:
         """An output is constant when every input it really reads is."""
         used = self.used(node)
         groups, outputs, inputs = used.shape
         shape = analysis.layouts.of[node.outputs[0].name].shape
         level = self.input_level(node, analysis)
-        spread = self.spreads(node, analysis)
-        if spread != "uniform":
+        if self.spread_axes(node):
             zero = self.input_zero(node, analysis) & (level > VARYING)
-            worst = MAP if spread == "map" else VARYING
+            worst = MAP if self.is_static(node, analysis) else VARYING
             level = np.where(zero, UNIFORM, np.minimum(level, worst))
         level = level.reshape(groups, inputs)
         result = np.full((groups, outputs), UNIFORM, np.int8)
@@ -158,8 +171,12 @@ class Linear(Operator):
                 result[hit] = np.minimum(result[hit], limit - 1)
         result = result.ravel()
         bias = self._bias(node)
-        if bias is not None and bias.size == result.size:
-            result = np.where(np.isfinite(bias.ravel()), result, VARYING)
+        if bias is not None:
+            finite = np.isfinite(bias)
+            finite = finite.ravel() if bias.size == result.size else finite.all()
+            result = np.where(finite, result, VARYING)
+            if bias.ndim > 1 and bias.shape[0] > 1:
+                result = np.minimum(result, MAP)
         if result.size != np.prod(shape):
             result = result.min(keepdims=True)
         return [result.reshape(shape)]
@@ -228,13 +245,13 @@ class Linear(Operator):
         new = np.stack(parts) if groups > 1 else parts[0][None]
         if groups > 1:
             node.attrs["group"] = int(kept.sum())
-        cut.set_constant(node, wiring.weight, self.from_canonical(node, new))
+        cut.put(node, wiring.weight, self.from_canonical(node, new))
         if wiring.bias is not None and has_input(node, wiring.bias):
             self.shrink_bias(node, cut, wiring.bias, outs.ravel())
 
     def shrink_bias(self, node: gs.Node, cut: Cut, index: int, keep: np.ndarray) -> None:
         """Slice the bias, a vector."""
-        cut.set_constant(node, index, node.inputs[index].values[keep])
+        cut.put(node, index, node.inputs[index].values[keep])
 
     def wants_values(self, node: gs.Node, analysis: Analysis) -> list[int]:
         """The data input, where any of it may be constant."""
@@ -242,32 +259,66 @@ class Linear(Operator):
         level = analysis.level.get(node.inputs[wiring.data].name)
         return [wiring.data] if level is not None and (level > VARYING).any() else []
 
-    def add_bias(self, node: gs.Node, shift: np.ndarray, cut_constant, model) -> bool:  # type: ignore[no-untyped-def]
-        """Add ``shift`` (float64, one per output channel) to the bias; False if impossible.
+    def add_bias(self, node: gs.Node, shift: np.ndarray, put: Put) -> bool:
+        """Add ``shift`` (float64, shape ``(outputs,)``) to the bias; False if there is none.
 
         Args:
             node: the node.
             shift: what to add to each output channel.
-            cut_constant: ``(node, input index, array)`` replaces an initializer for this node only.
-            model: where a new initializer is made.
+            put: ``put(node, input index, array)`` gives this node an initializer of its own.
         """
         wiring = self.wiring(node)
         if wiring.bias is None:
             return False
-        weight = node.inputs[wiring.weight].values
         old = constant_input(node, wiring.bias)
-        if old is not None:
-            new = old.astype(np.float64) + shift
-            cut_constant(node, wiring.bias, new.astype(weight.dtype))
-            return True
-        tensor = model.constant(f"{node.outputs[0].name}_bias", shift.astype(weight.dtype))
-        while len(node.inputs) < wiring.bias:
-            node.inputs.append(gs.Variable.empty())
-        if len(node.inputs) > wiring.bias:
-            node.inputs[wiring.bias] = tensor
-        else:
-            node.inputs.append(tensor)
+        new = shift if old is None else old.astype(np.float64) + shift
+        put(node, wiring.bias, new.astype(node.inputs[wiring.weight].values.dtype))
         return True
+
+    def response(self, node: gs.Node, values: np.ndarray) -> np.ndarray:
+        """What uniform inputs add to each output where no padding interferes.
+
+        Args:
+            node: the node.
+            values: one value per input channel, shape ``(inputs,)``.
+
+        Returns:
+            float64 array of shape ``(outputs,)``.
+        """
+        weight = self.weights(node)
+        groups, outputs, inputs = weight.shape[:3]
+        values = values.reshape(groups, inputs)
+        result = np.zeros((groups, outputs))
+        for group, value in enumerate(values):
+            columns = np.flatnonzero(value)
+            if columns.size:
+                part = weight[group][:, columns].astype(np.float64)
+                part = part.reshape(outputs, columns.size, -1).sum(axis=2)
+                result[group] = part @ value[columns]
+        return result.ravel() * self.scale(node)
+
+    def scale(self, node: gs.Node) -> float:
+        """A factor in front of the product."""
+        return 1.0
+
+    def per_channel(self, node: gs.Node, values: np.ndarray) -> np.ndarray:
+        """One value per output channel, shaped so that it broadcasts to the output."""
+        axis = self.wiring(node).axis_out
+        rank = len(node.outputs[0].shape)
+        return values.reshape([-1] + [1] * (rank - 1 - axis % rank))
+
+    def set_weights(self, node: gs.Node, weight: np.ndarray, put: Put) -> None:
+        """Replace the weights by an array in canonical form, cast to the type they had."""
+        index = self.wiring(node).weight
+        dtype = node.inputs[index].values.dtype
+        put(node, index, self.from_canonical(node, weight).astype(dtype, copy=False))
+
+    def macs(self, node: gs.Node, shapes: dict[str, list[int]]) -> int:
+        """One multiply-accumulate per weight and output position."""
+        wiring = self.wiring(node)
+        output = shapes[node.outputs[0].name]
+        positions = int(np.prod(output)) // max(output[wiring.axis_out], 1)
+        return positions * int(node.inputs[wiring.weight].values.size)
 
 
 class Convolution(Linear):
@@ -292,8 +343,8 @@ class Convolution(Linear):
         """Join the groups' outputs."""
         return weight.reshape(-1, *weight.shape[2:])
 
-    def padded_axes(self, node: gs.Node) -> list[int]:
-        """Axes of the input along which the window may reach over the border."""
+    def spread_axes(self, node: gs.Node) -> list[int]:
+        """Axes along which the window may reach over the border."""
         rank = node.inputs[1].values.ndim - 2
         pads = attr_ints(node, "pads", [0] * 2 * rank)
         auto = node.attrs.get("auto_pad", "NOTSET")
@@ -304,13 +355,13 @@ class Convolution(Linear):
             return []
         return [a + 2 for a in range(rank) if pads[a] or pads[a + rank]]
 
-    def spreads(self, node: gs.Node, analysis: Analysis) -> str:
-        """Padding makes a map, which may only be used where the padded sizes are static."""
-        axes = self.padded_axes(node)
-        if not axes:
-            return "uniform"
-        shape = analysis.shape(node.inputs[0])
-        return "map" if all(isinstance(shape[a], int) for a in axes) else "varying"
+    def window(self, node: gs.Node, axis: int) -> int:
+        """The reach of the dilated kernel along a spatial axis."""
+        if axis < 2:
+            return 1
+        kernel = node.inputs[1].values.shape[axis]
+        dilations = attr_ints(node, "dilations", [1] * (node.inputs[1].values.ndim - 2))
+        return int((kernel - 1) * dilations[axis - 2] + 1)
 
 
 class TransposedConvolution(Linear):
@@ -337,10 +388,15 @@ class TransposedConvolution(Linear):
         weight = weight.swapaxes(1, 2)
         return weight.reshape(-1, *weight.shape[2:])
 
-    def spreads(self, node: gs.Node, analysis: Analysis) -> str:
+    def macs(self, node: gs.Node, shapes: dict[str, list[int]]) -> int:
+        """One multiply-accumulate per weight and *input* position."""
+        source = shapes[node.inputs[0].name]
+        positions = int(np.prod(source)) // max(source[1], 1)
+        return positions * int(node.inputs[1].values.size)
+
+    def spread_axes(self, node: gs.Node) -> list[int]:
         """Each output position sees another part of the kernel."""
-        shape = analysis.shape(node.inputs[0])
-        return "map" if all(isinstance(s, int) for s in shape[2:]) else "varying"
+        return list(range(2, node.inputs[1].values.ndim))
 
 
 class Gemm(Linear):
@@ -368,23 +424,17 @@ class Gemm(Linear):
         """Slice C along its last axis unless it is broadcast there."""
         values = node.inputs[index].values
         if values.ndim and values.shape[-1] > 1:
-            cut.set_constant(node, index, values[..., keep])
+            cut.put(node, index, values[..., keep])
 
-    def add_bias(self, node: gs.Node, shift: np.ndarray, cut_constant, model) -> bool:  # type: ignore[no-untyped-def]
-        """C takes ``shift / beta``; a C of another form is broadcast first."""
+    def add_bias(self, node: gs.Node, shift: np.ndarray, put: Put) -> bool:
+        """C takes ``shift / beta``, broadcast if need be."""
         beta = float(node.attrs.get("beta", 1.0))
         old = constant_input(node, 2)
         if old is None or beta == 0:
             node.attrs["beta"] = 1.0
-            weight = node.inputs[1].values
-            tensor = model.constant(f"{node.outputs[0].name}_bias", shift.astype(weight.dtype))
-            if len(node.inputs) > 2:
-                node.inputs[2] = tensor
-            else:
-                node.inputs.append(tensor)
-            return True
-        new = old.astype(np.float64) + shift / beta
-        cut_constant(node, 2, new.astype(old.dtype))
+            put(node, 2, shift.astype(node.inputs[1].values.dtype))
+        else:
+            put(node, 2, (old.astype(np.float64) + shift / beta).astype(old.dtype))
         return True
 
     def scale(self, node: gs.Node) -> float:
@@ -432,13 +482,6 @@ class MatMul(Linear):
             node.outputs[0],
             result.reshape([outputs if a == axis else 1 for a in range(source.ndim)]),
         )
-
-
-_USED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-
-
-class _Key:
-    """Weights are numpy arrays; remember what was computed from one as long as it lives."""
 
 
 def _nonzero(tensor: gs.Constant, weights) -> np.ndarray:  # type: ignore[no-untyped-def]

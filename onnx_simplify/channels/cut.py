@@ -1,0 +1,128 @@
+"""Remove channels: in every tensor, drop the positions of dead ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnx_simplify.channels.analysis import Analysis
+from onnx_simplify.graph.edit import Editor, drop_unused, label, set_input
+from onnx_simplify.graph.model import Model
+
+
+class Cut:
+    """One removal of channels, and what operators need to rewrite their nodes for it.
+
+    Attributes:
+        analysis: the analysis the removal is based on.
+        alive: which labels stay, bool ``(labels,)``, closed under :meth:`Analysis.close`.
+        model: the model being rewritten.
+    """
+
+    def __init__(self, analysis: Analysis, alive: np.ndarray):
+        """Plan a removal; :meth:`apply` carries it out."""
+        self.analysis = analysis
+        self.alive = alive
+        self.model: Model = analysis.model
+        self._editor = Editor(self.model, analysis.layouts.readers)
+        self._kept: dict[str, dict[int, np.ndarray]] = {}
+
+    def apply(self) -> None:
+        """Rewrite all nodes, in place."""
+        for node in self.model.graph.nodes:
+            if not self.analysis.node_dead(node, self.alive):
+                self.analysis.rule[id(node)].shrink(node, self)
+        self._editor.finish()
+        drop_unused(self.model)
+
+    def kept(self, tensor: gs.Tensor) -> dict[int, np.ndarray]:
+        """For each axis along which positions leave, which ones stay (bool ``(size,)``)."""
+        if not self.analysis.has(tensor):
+            return {}
+        found = self._kept.get(tensor.name)
+        if found is None:
+            found = {}
+            mask = self.alive[self.analysis.layouts.of[tensor.name]]
+            if not mask.all():
+                for axis in range(mask.ndim):
+                    others = tuple(k for k in range(mask.ndim) if k != axis)
+                    stay = mask.any(axis=others)
+                    if not stay.all():
+                        found[axis] = stay
+            self._kept[tensor.name] = found
+        return found
+
+    def slice(self, node: gs.Node, index: int, kept: Mapping[int, np.ndarray]) -> None:
+        """Keep some positions of a node's initializer; nodes that share it may go on doing so."""
+        if not kept:
+            return
+        values = node.inputs[index].values
+        for axis, mask in kept.items():
+            values = np.compress(mask, values, axis)
+        self.put(node, index, values)
+
+    def put(self, node: gs.Node, index: int, values: np.ndarray) -> None:
+        """Give one input of a node another initializer, see :meth:`Editor.put`."""
+        self._editor.put(node, index, values)
+
+    def set_entries(self, node: gs.Node, index: int, entries: Mapping[int, int]) -> None:
+        """Overwrite elements of a shape-like vector input, whether constant or computed."""
+        if not entries:
+            return
+        vector = node.inputs[index]
+        if isinstance(vector, gs.Constant):
+            values = np.array(vector.values)
+            if any(values[k] != -1 and values[k] != v for k, v in entries.items()):
+                for position, value in entries.items():
+                    if values[position] != -1:
+                        values[position] = value
+                self.put(node, index, values)
+            return
+        size = self.analysis.shape(vector)[0]
+        result = gs.Variable(self.model.unique(vector.name), dtype=vector.dtype)
+        self._editor.before(node, self._overwrite(node, vector, entries, result))
+        set_input(node, index, result)
+
+    def override_output(self, node: gs.Node, entries: Mapping[int, int]) -> None:
+        """Let users of a node's vector output read other values at some positions."""
+        result = node.outputs[0]
+        raw = gs.Variable(self.model.unique(result.name), dtype=result.dtype, shape=result.shape)
+        node.outputs[0] = raw
+        self._editor.after(node, self._overwrite(node, raw, entries, result))
+
+    def _overwrite(
+        self, node: gs.Node, vector: gs.Tensor, entries: Mapping[int, int], result: gs.Tensor
+    ) -> gs.Node:
+        """``Where(mask, new, vector)``, on behalf of ``node``."""
+        size = self.analysis.shape(vector)[0]
+        assert isinstance(size, int)
+        mask = np.zeros(size, bool)
+        new = np.zeros(size, np.int64)
+        for position, value in entries.items():
+            mask[position], new[position] = True, value
+        return gs.Node(
+            op="Where",
+            name=self.model.unique(f"{label(node)}_sizes"),
+            inputs=[
+                self.model.constant(f"{vector.name}_mask", mask),
+                self.model.constant(f"{vector.name}_sizes", new),
+                vector,
+            ],
+            outputs=[result],
+        )
+
+    def gather_before(self, node: gs.Node, axis: int, indices: np.ndarray) -> None:
+        """Let a node read positions ``indices`` (numbered after the removal) of its input 0."""
+        source = node.inputs[0]
+        result = gs.Variable(self.model.unique(source.name), dtype=source.dtype)
+        gather = gs.Node(
+            op="Gather",
+            name=self.model.unique(f"{label(node)}_gather"),
+            attrs={"axis": int(axis)},
+            inputs=[source, self.model.constant("indices", np.asarray(indices, np.int64))],
+            outputs=[result],
+        )
+        node.inputs[0] = result
+        self._editor.before(node, gather)

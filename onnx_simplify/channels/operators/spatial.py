@@ -1,0 +1,291 @@
+"""Operators that combine the positions of one channel and leave channels apart."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnx_simplify.channels.layouts import Layouts, Unsupported
+from onnx_simplify.channels.operators.base import (
+    Masks,
+    Operator,
+    attr_ints,
+    constant_input,
+    constant_ints,
+    has_input,
+    is_static,
+    min_to,
+)
+from onnx_simplify.channels.values import MAP, UNIFORM, VARYING
+
+if TYPE_CHECKING:
+    from onnx_simplify.channels.analysis import Analysis
+    from onnx_simplify.channels.cut import Cut
+
+
+class Spatial(Operator):
+    """Common rules: channels pass through on axis 1; the other axes must be untracked.
+
+    Subclasses say what happens to a constant: :meth:`keeps_uniform`, and on which axes the result
+    depends on the position or the size (:meth:`spread_axes`).
+    """
+
+    def keeps_uniform(self, node: gs.Node, analysis: Analysis) -> bool:
+        """Whether a channel with one value everywhere comes out with one value everywhere."""
+        return True
+
+    def spread_axes(self, node: gs.Node, analysis: Analysis) -> list[int]:
+        """Axes along which constants come out as maps if :meth:`keeps_uniform` is false."""
+        return list(range(2, len(analysis.shape(node.inputs[0]))))
+
+    def layout(self, node: gs.Node, layouts: Layouts) -> None:
+        """The output has the channels of the input."""
+        if sum(bool(t.name) for t in node.outputs) > 1:
+            raise Unsupported("a second output holds positions")
+        source = layouts(node.inputs[0])
+        if source.ndim < 3 or len(layouts.shape(node.outputs[0])) != source.ndim:
+            raise Unsupported("unexpected rank")
+        channels = layouts.collapse(source, [a for a in range(source.ndim) if a != 1])
+        layouts.set(node.outputs[0], channels)
+
+    def level(self, node: gs.Node, analysis: Analysis) -> Masks:
+        """Constants stay constant; as maps where positions differ and sizes are static."""
+        source = node.inputs[0]
+        level = min_to(
+            analysis.level[source.name], analysis.layouts.of[node.outputs[0].name].shape
+        )
+        if not self.keeps_uniform(node, analysis):
+            shapes = analysis.shape(source), analysis.shape(node.outputs[0])
+            axes = self.spread_axes(node, analysis)
+            static = all(is_static(shape, axes) for shape in shapes)
+            zero = analysis.zero(source, analysis.layouts.of[source.name].shape)
+            zero = zero.all(axis=tuple(range(2, zero.ndim)), keepdims=True) & (level > VARYING)
+            spread = np.minimum(level, MAP if static else VARYING)
+            level = np.where(zero & self.keeps_zero(node), level, spread)
+        return [level]
+
+    def keeps_zero(self, node: gs.Node) -> bool:
+        """Whether a zero channel comes out as zero."""
+        return True
+
+    def need(self, node: gs.Node, analysis: Analysis, outputs: Masks) -> Masks:
+        """Channel by channel."""
+        found: Masks = [None] * len(node.inputs)
+        assert outputs[0] is not None
+        shape = analysis.layouts.of[node.inputs[0].name].shape
+        found[0] = np.broadcast_to(outputs[0], shape)
+        for index, tensor in enumerate(node.inputs[1:], start=1):
+            if analysis.has(tensor):
+                found[index] = np.ones(analysis.layouts.of[tensor.name].shape, bool)
+        return found
+
+    def wants_values(self, node: gs.Node, analysis: Analysis) -> list[int]:
+        """Zeros are special where padding brings in zeros."""
+        return [] if self.keeps_uniform(node, analysis) else [0]
+
+
+class GlobalPool(Spatial):
+    """``GlobalAveragePool`` and ``GlobalMaxPool``."""
+
+
+class MaxPool(Spatial):
+    """``MaxPool``: padding never wins (https://onnx.ai/onnx/operators/onnx__MaxPool.html)."""
+
+
+class AveragePool(Spatial):
+    """``AveragePool`` (also ``LpPool``): padding may count as zeros.
+
+    https://onnx.ai/onnx/operators/onnx__AveragePool.html
+    """
+
+    def keeps_uniform(self, node: gs.Node, analysis: Analysis) -> bool:
+        """Unless zeros of the padding take part."""
+        padded = any(attr_ints(node, "pads", [])) or node.attrs.get("auto_pad", "NOTSET") not in (
+            "NOTSET",
+            "VALID",
+        )
+        ragged = padded or bool(node.attrs.get("ceil_mode", 0))
+        if node.op == "LpPool":
+            return not ragged
+        return not (ragged and node.attrs.get("count_include_pad", 0))
+
+
+class Resize(Spatial):
+    """``Resize`` and ``Upsample`` along spatial axes.
+
+    https://onnx.ai/onnx/operators/onnx__Resize.html
+    """
+
+    def layout(self, node: gs.Node, layouts: Layouts) -> None:
+        """The channel axis must keep its size."""
+        if "axes" in node.attrs:
+            raise Unsupported("axes attribute")
+        before, after = layouts.shape(node.inputs[0]), layouts.shape(node.outputs[0])
+        if len(before) < 3 or before[1] != after[1] or not isinstance(before[1], int):
+            raise Unsupported("number of channels changes")
+        super().layout(node, layouts)
+
+    def keeps_uniform(self, node: gs.Node, analysis: Analysis) -> bool:
+        """Interpolation weights sum to one, but not beyond the border of a crop."""
+        return node.attrs.get("coordinate_transformation_mode") != "tf_crop_and_resize"
+
+    def keeps_zero(self, node: gs.Node) -> bool:
+        """The value outside a crop need not be zero."""
+        return False
+
+    def shrink(self, node: gs.Node, cut: Cut) -> None:
+        """Give the new number of channels if sizes are listed."""
+        kept = cut.kept(node.outputs[0])
+        if 1 in kept and has_input(node, 3):
+            cut.set_entries(node, 3, {1: int(kept[1].sum())})
+
+
+class Pad(Operator):
+    """``Pad`` with known amounts (https://onnx.ai/onnx/operators/onnx__Pad.html)."""
+
+    def amounts(self, node: gs.Node, layouts: Layouts) -> list[tuple[int, int]] | None:
+        """(before, after) by axis; None when they are computed."""
+        rank = len(layouts.shape(node.inputs[0]))
+        pads = constant_ints(node, 1, "pads")
+        if pads is None or has_input(node, 3) or len(pads) != 2 * rank:
+            return None
+        return list(zip(pads[:rank], pads[rank:], strict=True))
+
+    def layout(self, node: gs.Node, layouts: Layouts) -> None:
+        """Channels pass through; a padded channel axis gets new ones, never removed."""
+        source = layouts(node.inputs[0])
+        amounts = self.amounts(node, layouts)
+        tracked = [a for a, s in enumerate(source.shape) if s > 1]
+        if amounts is None:
+            if tracked != [1] or layouts.shape(node.outputs[0])[1] != source.shape[1]:
+                raise Unsupported("amounts are computed")
+            layouts.set(node.outputs[0], source)
+            return
+        width = [amounts[a] if a in tracked else (0, 0) for a in range(source.ndim)]
+        if any(v < 0 for pair in width for v in pair):
+            raise Unsupported("channels are cropped")
+        if any(v for pair in width for v in pair):
+            if node.attrs.get("mode", "constant") != "constant":
+                raise Unsupported("channels are mirrored")
+            ids = np.pad(source, width, constant_values=-1)
+            new = ids == -1
+            fresh = layouts.fresh(int(new.sum()))
+            layouts.freeze(fresh)
+            ids[new] = fresh
+            source = ids
+        layouts.set(node.outputs[0], source)
+
+    def level(self, node: gs.Node, analysis: Analysis) -> Masks:
+        """Padding with another value makes a map of a constant; mirroring does not."""
+        source = node.inputs[0]
+        level = analysis.level[source.name]
+        shape = analysis.layouts.of[node.outputs[0].name].shape
+        amounts = self.amounts(node, analysis.layouts)
+        axes = [
+            a
+            for a, s in enumerate(level.shape)
+            if s == 1 and (amounts is None or amounts[a] != (0, 0))
+        ]
+        if node.attrs.get("mode", "constant") == "constant" and axes:
+            sizes = analysis.shape(source), analysis.shape(node.outputs[0])
+            static = all(is_static(s, axes) for s in sizes)
+            same = np.zeros(level.shape, bool)
+            value = constant_input(node, 2)
+            plain = not has_input(node, 2) and node.attrs.get("value", 0.0) == 0
+            if plain or (value is not None and value.size == 1 and value.ravel()[0] == 0):
+                same = analysis.zero(source, level.shape) & (level > VARYING)
+            level = np.where(same, level, np.minimum(level, MAP if static else VARYING))
+        if level.shape != shape and amounts is not None:
+            width = [p if s > 1 else (0, 0) for p, s in zip(amounts, level.shape, strict=True)]
+            level = np.pad(level, width, constant_values=VARYING)
+        return [level]
+
+    def need(self, node: gs.Node, analysis: Analysis, outputs: Masks) -> Masks:
+        """Channel by channel."""
+        wanted = outputs[0]
+        assert wanted is not None
+        source = node.inputs[0]
+        shape = analysis.layouts.of[source.name].shape
+        amounts = self.amounts(node, analysis.layouts)
+        if amounts is not None and wanted.shape != shape:
+            wanted = wanted[
+                tuple(
+                    slice(before, before + size) if size > 1 else slice(None)
+                    for (before, _), size in zip(amounts, shape, strict=True)
+                )
+            ]
+        found: Masks = [wanted]
+        for tensor in node.inputs[1:]:
+            known = analysis.has(tensor)
+            found.append(np.ones(analysis.layouts.of[tensor.name].shape, bool) if known else None)
+        return found
+
+    def wants_values(self, node: gs.Node, analysis: Analysis) -> list[int]:
+        """Zeros padded with zeros stay uniform."""
+        return [0]
+
+
+class Reduce(Operator):
+    """``ReduceMean``, ``ReduceSum``, ... over axes that hold no channels.
+
+    https://onnx.ai/onnx/operators/onnx__ReduceMean.html
+    """
+
+    def axes(self, node: gs.Node, layouts: Layouts) -> list[int]:
+        """The reduced axes.
+
+        Raises:
+            Unsupported: they are computed.
+        """
+        rank = len(layouts.shape(node.inputs[0]))
+        axes = constant_ints(node, 1, "axes")
+        if axes is None:
+            if has_input(node, 1):
+                raise Unsupported("axes are computed")
+            return [] if node.attrs.get("noop_with_empty_axes", 0) else list(range(rank))
+        if not axes:
+            return [] if node.attrs.get("noop_with_empty_axes", 0) else list(range(rank))
+        return [a % rank for a in axes]
+
+    def layout(self, node: gs.Node, layouts: Layouts) -> None:
+        """Reduced axes disappear or have size one."""
+        source = layouts(node.inputs[0])
+        axes = self.axes(node, layouts)
+        if any(source.shape[a] > 1 for a in axes):
+            raise Unsupported("reduces over channels")
+        layouts.set(node.outputs[0], self._fit(node, layouts, source))
+
+    def _fit(self, node: gs.Node, layouts: Layouts, array: np.ndarray) -> np.ndarray:
+        if node.attrs.get("keepdims", 1):
+            return array
+        return array.squeeze(tuple(self.axes(node, layouts)))
+
+    def level(self, node: gs.Node, analysis: Analysis) -> Masks:
+        """Means and extrema keep constants; sums count positions, so sizes must be static."""
+        level = analysis.level[node.inputs[0].name]
+        axes = self.axes(node, analysis.layouts)
+        free = node.op in ("ReduceMean", "ReduceMax", "ReduceMin")
+        if not free and not is_static(analysis.shape(node.inputs[0]), axes):
+            shape = analysis.layouts.of[node.inputs[0].name].shape
+            zero = analysis.zero(node.inputs[0], shape) & (node.op in _ZERO_REDUCTIONS)
+            level = np.where(zero & (level > VARYING), level, VARYING)
+        return [self._fit(node, analysis.layouts, level)]
+
+    def wants_values(self, node: gs.Node, analysis: Analysis) -> list[int]:
+        """Zeros add up to zero, however many."""
+        return [0] if node.op in _ZERO_REDUCTIONS else []
+
+    def need(self, node: gs.Node, analysis: Analysis, outputs: Masks) -> Masks:
+        """Channel by channel."""
+        assert outputs[0] is not None
+        shape = analysis.layouts.of[node.inputs[0].name].shape
+        return [outputs[0].reshape(shape), *[None] * (len(node.inputs) - 1)]
+
+
+_ZERO_REDUCTIONS = frozenset({"ReduceSum", "ReduceL1", "ReduceL2", "ReduceSumSquare"})
+REDUCTIONS = frozenset(
+    """ReduceMean ReduceMax ReduceMin ReduceSum ReduceL1 ReduceL2 ReduceSumSquare ReduceProd
+    ReduceLogSum ReduceLogSumExp""".split()
+)

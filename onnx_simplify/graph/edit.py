@@ -1,0 +1,143 @@
+"""Small edits of a working graph that every pass needs."""
+
+from __future__ import annotations
+
+from collections import Counter
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnx_simplify.graph.model import Model, captured_names
+
+Readers = dict[str, list[tuple[gs.Node, int]]]
+
+
+def consumers(model: Model) -> Readers:
+    """For each tensor name, the top-level nodes (and input positions) that read it."""
+    found: Readers = {}
+    for node in model.graph.nodes:
+        for index, tensor in enumerate(node.inputs):
+            if tensor.name:
+                found.setdefault(tensor.name, []).append((node, index))
+    return found
+
+
+def drop_unused(model: Model) -> None:
+    """Remove nodes none of whose outputs is used, in place (nodes must be in execution order)."""
+    uses = Counter(t.name for n in model.graph.nodes for t in n.inputs)
+    uses.update(t.name for t in model.graph.outputs)
+    uses.update(model.pinned)
+    captured = {id(n): captured_names([n]) for n in model.graph.nodes if _has_body(n)}
+    for names in captured.values():
+        uses.update(names)
+    keep = []
+    for node in reversed(model.graph.nodes):
+        if any(uses[t.name] > 0 for t in node.outputs if t.name):
+            keep.append(node)
+        else:
+            uses.subtract(t.name for t in node.inputs)
+            uses.subtract(captured.get(id(node), ()))
+    set_nodes(model, keep[::-1])
+
+
+def _has_body(node: gs.Node) -> bool:
+    return any(isinstance(v, gs.Graph) for v in node.attrs.values())
+
+
+def remove_nodes(model: Model, dead: set[int]) -> None:
+    """Remove the nodes whose ``id`` is in ``dead``, in place."""
+    if dead:
+        set_nodes(model, [n for n in model.graph.nodes if id(n) not in dead])
+
+
+def set_nodes(model: Model, keep: list[gs.Node]) -> None:
+    """Make ``keep`` the graph's nodes; those left out are disconnected."""
+    alive = {id(n) for n in keep}
+    for node in model.graph.nodes:
+        if id(node) not in alive:
+            node.inputs.clear()
+            node.outputs.clear()
+    model.graph.nodes = keep
+
+
+def set_input(node: gs.Node, index: int, tensor: gs.Tensor) -> None:
+    """Set an input, appending empty optional inputs as needed."""
+    while len(node.inputs) <= index:
+        node.inputs.append(gs.Variable.empty())
+    node.inputs[index] = tensor
+
+
+def label(node: gs.Node) -> str:
+    """What a node is called: its name or, without one, the name of its first output."""
+    return str(node.name or next((t.name for t in node.outputs), ""))
+
+
+class Editor:
+    """Gives nodes initializers of their own, and collects nodes to insert."""
+
+    def __init__(self, model: Model, readers: Readers | None = None):
+        """Edit ``model``; call :meth:`finish` at the end."""
+        self.model = model
+        self.readers = consumers(model) if readers is None else readers
+        self._users = Counter({name: len(users) for name, users in self.readers.items()})
+        self._shared: dict[tuple[object, ...], gs.Constant] = {}
+        self._before: dict[int, list[gs.Node]] = {}
+        self._after: dict[int, list[gs.Node]] = {}
+
+    def put(self, node: gs.Node, index: int, values: np.ndarray) -> None:
+        """Give one input of a node another initializer; other users keep the old one.
+
+        The initializer keeps its name when it has no other user, and users that all want the same
+        new values share one new initializer.
+        """
+        old = node.inputs[index] if len(node.inputs) > index else gs.Variable.empty()
+        values = np.ascontiguousarray(values)
+        if not isinstance(old, gs.Constant):
+            suffix = {1: "weight", 2: "bias"}.get(index, str(index))
+            new = self.model.constant(f"{node.outputs[0].name}_{suffix}", values)
+        elif self._users[old.name] <= 1 and not self.model.is_kept(old):
+            new = gs.Constant(old.name, values)
+        else:
+            key = (old.name, values.shape, values.dtype.str, values.tobytes())
+            new = self._shared.get(key) or self.model.constant(old.name, values)
+            self._shared[key] = new
+            self._users[new.name] += 1
+        set_input(node, index, new)
+
+    def before(self, node: gs.Node, new: gs.Node) -> None:
+        """Insert ``new`` in front of ``node`` at the end."""
+        self._before.setdefault(id(node), []).append(new)
+
+    def after(self, node: gs.Node, new: gs.Node) -> None:
+        """Insert ``new`` behind ``node`` at the end."""
+        self._after.setdefault(id(node), []).append(new)
+
+    def add_behind(self, node: gs.Node, values: np.ndarray) -> None:
+        """Add an array, broadcast, to the node's output.
+
+        An ``Add`` of a constant that is there already takes it; the sum keeps the output's name.
+        """
+        result = node.outputs[0]
+        users = self.readers.get(result.name, [])
+        if len(users) == 1 and not self.model.is_kept(result) and users[0][0].op == "Add":
+            add, position = users[0]
+            other = add.inputs[1 - position]
+            if isinstance(other, gs.Constant) and other.values.ndim <= len(result.shape):
+                total = np.asarray(other.values, np.float64) + values
+                if total.size <= max(values.size, other.values.size):
+                    self.put(add, 1 - position, total.astype(other.values.dtype))
+                    return
+        raw = gs.Variable(self.model.unique(f"{result.name}_raw"), result.dtype, result.shape)
+        node.outputs[0] = raw
+        addend = self.model.constant(f"{result.name}_map", values.astype(result.dtype))
+        name = self.model.unique(f"{label(node)}_add")
+        new = gs.Node(op="Add", name=name, inputs=[raw, addend], outputs=[result])
+        self.readers[raw.name] = [(new, 0)]
+        self._users[addend.name] = 1
+        self.after(node, new)
+
+    def finish(self) -> None:
+        """Insert the collected nodes."""
+        nodes: list[gs.Node] = []
+        for node in self.model.graph.nodes:
+            nodes += [*self._before.get(id(node), ()), node, *self._after.get(id(node), ())]
+        self.model.graph.nodes = nodes

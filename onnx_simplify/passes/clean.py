@@ -1,0 +1,142 @@
+"""Bring a graph into the form the other passes expect: no local aliases, no constant arithmetic.
+
+``Constant`` nodes become initializers, nodes with constant inputs are evaluated (unless that makes
+the file larger), ``Identity``, inference-mode ``Dropout`` and one-operand ``Concat`` are bypassed,
+and nodes nobody uses are dropped.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnx_simplify.graph.edit import consumers, drop_unused, remove_nodes
+from onnx_simplify.graph.model import Model
+from onnx_simplify.runtime.session import run_nodes
+
+# A folded constant may be larger than its operands together by this many bytes.
+_GROWTH = 256
+# ... or up to this size when it is gathered: the compressed form of a bias map.
+_LARGEST_MAP = 1 << 26
+_NOT_FOLDED = frozenset(
+    """DequantizeLinear QuantizeLinear DynamicQuantizeLinear RandomNormal RandomUniform
+    RandomNormalLike RandomUniformLike Multinomial Bernoulli""".split()
+)
+
+
+def clean(model: Model) -> None:
+    """Normalise the model, in place."""
+    _constants(model)
+    _fold(model)
+    bypass_identities(model)
+    drop_unused(model)
+
+
+def bypass_identities(model: Model) -> None:
+    """Let the users of a node that only passes its input on read that input, in place."""
+    kept = model.kept_names
+    outputs = {t.name for t in model.graph.outputs}
+    readers = consumers(model)
+    dead = set()
+    for node in model.graph.nodes:
+        if node.domain or not _is_identity(node):
+            continue
+        source, result = node.inputs[0], node.outputs[0]
+        if result.name in kept or result.name in model.pinned or source.name in outputs:
+            continue
+        for reader, index in readers.pop(result.name, []):
+            reader.inputs[index] = source
+            readers.setdefault(source.name, []).append((reader, index))
+        dead.add(id(node))
+    remove_nodes(model, dead)
+
+
+def _is_identity(node: gs.Node) -> bool:
+    if node.op == "Identity" or (node.op in ("Concat", "Sum") and len(node.inputs) == 1):
+        return True
+    if node.op == "Split" and len(node.outputs) == 1:
+        return True
+    if node.op != "Dropout":
+        return False
+    mode = node.inputs[2] if len(node.inputs) > 2 else None
+    training = isinstance(mode, gs.Constant) and bool(mode.values)
+    known = mode is None or not mode.name or isinstance(mode, gs.Constant)
+    mask = len(node.outputs) > 1 and bool(node.outputs[1].name)
+    return known and not training and not mask
+
+
+def _constants(model: Model) -> None:
+    """Turn ``Constant`` nodes into initializers."""
+    kept = model.kept_names
+    readers = consumers(model)
+    dead = set()
+    for node in model.graph.nodes:
+        if node.op != "Constant" or node.domain or node.outputs[0].name in kept:
+            continue
+        values = _constant_value(node)
+        if values is None:
+            continue
+        tensor = gs.Constant(node.outputs[0].name, values)
+        for reader, index in readers.get(tensor.name, []):
+            reader.inputs[index] = tensor
+        dead.add(id(node))
+    remove_nodes(model, dead)
+
+
+def _constant_value(node: gs.Node) -> np.ndarray | None:
+    for key, value in node.attrs.items():
+        if key == "value" and isinstance(value, gs.Constant):
+            return np.asarray(value.values)
+        if key in ("value_float", "value_floats"):
+            return np.asarray(value, np.float32)
+        if key in ("value_int", "value_ints"):
+            return np.asarray(value, np.int64)
+    return None
+
+
+def _fold(model: Model) -> None:
+    """Evaluate nodes with constant inputs only, all in one onnxruntime session."""
+    kept = model.kept_names
+    constant: set[str] = set()
+    inside: list[gs.Node] = []
+    for node in model.graph.nodes:
+        if _foldable(node, kept) and all(
+            isinstance(t, gs.Constant) or not t.name or t.name in constant for t in node.inputs
+        ):
+            constant |= {t.name for t in node.outputs}
+            inside.append(node)
+    if not inside:
+        return
+    results = [t for n in inside for t in n.outputs if t.name]
+    values = run_nodes(model, inside, [t.name for t in results])
+    if values is None:
+        return
+    value_of = {t.name: np.asarray(v) for t, v in zip(results, values, strict=True)}
+    readers = consumers(model)
+    dead = set()
+    for node in inside:
+        # Decided node by node, in order, so that a result does not depend on its neighbours.
+        if not all(isinstance(t, gs.Constant) or not t.name for t in node.inputs):
+            continue
+        supply = sum(t.values.nbytes for t in node.inputs if isinstance(t, gs.Constant))
+        size = sum(value_of[t.name].nbytes for t in node.outputs if t.name)
+        if size > supply + _GROWTH and not (node.op == "Gather" and size <= _LARGEST_MAP):
+            continue
+        for tensor in node.outputs:
+            if not tensor.name:
+                continue
+            new = gs.Constant(tensor.name, value_of[tensor.name])
+            for reader, index in readers.get(tensor.name, []):
+                reader.inputs[index] = new
+        dead.add(id(node))
+    remove_nodes(model, dead)
+
+
+def _foldable(node: gs.Node, kept: set[str]) -> bool:
+    return (
+        not node.domain
+        and node.op not in _NOT_FOLDED
+        and bool(node.inputs)
+        and not any(isinstance(v, gs.Graph) for v in node.attrs.values())
+        and not any(t.name in kept for t in node.outputs)
+    )

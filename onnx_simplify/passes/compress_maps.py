@@ -1,0 +1,69 @@
+"""Store bias maps by their distinct rows and columns.
+
+A constant that went through a padded convolution is the same everywhere but near the border, so
+most rows and columns of its map are equal:
+
+    Add(x, M [1, C, H, W])   =>   Add(x, Gather(Gather(D [1, C, 3, 3], rows), columns))
+
+onnxruntime computes the two ``Gather`` once, when it loads the model.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnx_simplify.graph.edit import Editor, set_input
+from onnx_simplify.graph.model import Model
+
+# Smaller arrays are not worth two nodes.
+_SMALLEST = 1 << 12
+
+
+def compress_maps(model: Model) -> None:
+    """Replace addends that repeat rows or columns, in place."""
+    editor = Editor(model)
+    done: dict[str, gs.Tensor] = {}
+    for node in model.graph.nodes:
+        if node.op != "Add" or node.domain:
+            continue
+        for index, tensor in enumerate(node.inputs):
+            if not isinstance(tensor, gs.Constant) or tensor.values.nbytes < _SMALLEST:
+                continue
+            if tensor.name not in done:
+                done[tensor.name] = _compressed(model, editor, node, tensor)
+            set_input(node, index, done[tensor.name])
+    editor.finish()
+
+
+def _compressed(model: Model, editor: Editor, node: gs.Node, tensor: gs.Constant) -> gs.Tensor:
+    """The tensor, or what computes it from its distinct rows and columns."""
+    values = tensor.values
+    steps = []
+    for axis in range(2, values.ndim):
+        flat = np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)
+        _, first, index = np.unique(flat, axis=0, return_index=True, return_inverse=True)
+        if first.size <= values.shape[axis] // 2:
+            # In order of appearance, so that the result does not depend on the values.
+            order = np.argsort(first)
+            rank = np.empty_like(order)
+            rank[order] = np.arange(order.size)
+            values = values.take(first[order], axis)
+            steps.append((axis, rank[index.reshape(-1)]))
+    if values.nbytes + sum(i.nbytes for _, i in steps) > tensor.values.nbytes // 2:
+        return tensor
+    result: gs.Tensor = model.constant(f"{tensor.name}_distinct", values)
+    for axis, indices in steps:
+        gathered = gs.Variable(model.unique(tensor.name), tensor.dtype)
+        editor.before(
+            node,
+            gs.Node(
+                op="Gather",
+                name=model.unique(f"{tensor.name}_expand"),
+                attrs={"axis": axis},
+                inputs=[result, model.constant("indices", indices.astype(np.int64))],
+                outputs=[gathered],
+            ),
+        )
+        result = gathered
+    return result

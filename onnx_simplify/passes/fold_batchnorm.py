@@ -1,0 +1,168 @@
+"""Fold BatchNormalization into the linear operator before or after it.
+
+    BN(x) = s * x + t        with  s = scale / sqrt(var + epsilon),  t = bias - s * mean
+
+    after:   BN(W x + b)  =  (s W) x + (s b + t)              always
+    before:  W BN(x) + b  =  (W s) x + (W t + b)              without padding, or where t = 0
+
+https://onnx.ai/onnx/operators/onnx__BatchNormalization.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnx_simplify.channels.layouts import Unsupported
+from onnx_simplify.channels.operators import lookup
+from onnx_simplify.channels.operators.base import constant_input, has_input
+from onnx_simplify.channels.operators.linear import Linear
+from onnx_simplify.graph.edit import Editor, Readers, consumers, label, remove_nodes
+from onnx_simplify.graph.model import Model
+from onnx_simplify.graph.shapes import infer
+
+
+def foldable(model: Model) -> Iterator[tuple[gs.Node, gs.Node, bool]]:
+    """Pairs that can be folded: (linear node, BatchNormalization, whether the latter is behind).
+
+    Shapes must have been inferred.
+    """
+    readers = consumers(model)
+    producer = {t.name: n for n in model.graph.nodes for t in n.outputs if t.name}
+    taken: set[int] = set()
+    for bn in model.graph.nodes:
+        if bn.op != "BatchNormalization" or bn.domain or not _is_inference(bn):
+            continue
+        before = producer.get(bn.inputs[0].name)
+        if before is not None and _folds_behind(model, readers, before, bn):
+            yield before, bn, True
+            continue
+        users = readers.get(bn.outputs[0].name, [])
+        if len(users) == 1 and not model.is_kept(bn.outputs[0]) and id(users[0][0]) not in taken:
+            if _folds_before(model, users[0][0], bn, users[0][1]):
+                taken.add(id(users[0][0]))
+                yield users[0][0], bn, False
+
+
+def fold_batchnorm(model: Model, pairs: Collection[tuple[str, str]] | None = None) -> int:
+    """Fold all pairs, or those whose (linear, BatchNormalization) names are in ``pairs``.
+
+    Returns:
+        How many were folded.
+    """
+    count = 0
+    while True:
+        infer(model)
+        chosen = [
+            p for p in foldable(model) if pairs is None or (label(p[0]), label(p[1])) in pairs
+        ]
+        if not chosen:
+            return count
+        editor = Editor(model)
+        for node, bn, behind in chosen:
+            (_fold_behind if behind else _fold_before)(editor, node, bn)
+        remove_nodes(model, {id(bn) for _, bn, _ in chosen})
+        editor.finish()
+        count += len(chosen)
+
+
+def affine(bn: gs.Node) -> tuple[np.ndarray, np.ndarray]:
+    """``(s, t)`` of a BatchNormalization, float64, one entry per channel."""
+    scale, bias, mean, var = (np.asarray(t.values, np.float64) for t in bn.inputs[1:5])
+    scale = scale / np.sqrt(var + float(bn.attrs.get("epsilon", 1e-5)))
+    return scale, bias - scale * mean
+
+
+def _is_inference(bn: gs.Node) -> bool:
+    return (
+        not bn.attrs.get("training_mode", 0)
+        and bn.attrs.get("spatial", 1) == 1
+        and sum(bool(t.name) for t in bn.outputs) == 1
+        and all(isinstance(t, gs.Constant) for t in bn.inputs[1:])
+        and all(np.isfinite(v).all() for v in affine(bn))
+    )
+
+
+def _linear(node: gs.Node) -> Linear | None:
+    """The node's rule, if it is a linear operator with constant weights and bias."""
+    rule = lookup(node)
+    if not isinstance(rule, Linear):
+        return None
+    try:
+        wiring = rule.wiring(node)
+    except Unsupported:
+        return None
+    if wiring.bias is not None and has_input(node, wiring.bias):
+        if constant_input(node, wiring.bias) is None:
+            return None
+    return rule
+
+
+def _folds_behind(model: Model, readers: Readers, node: gs.Node, bn: gs.Node) -> bool:
+    rule = _linear(node)
+    result = node.outputs[0]
+    if rule is None or result.shape is None or model.is_kept(result):
+        return False
+    if len(readers.get(result.name, [])) != 1:
+        return False
+    wiring = rule.wiring(node)
+    channels = bn.inputs[1].values.size
+    return (
+        wiring.axis_out % len(result.shape) == 1
+        and int(np.prod(rule.weights(node).shape[:2])) == channels
+    )
+
+
+def _folds_before(model: Model, node: gs.Node, bn: gs.Node, index: int) -> bool:
+    rule = _linear(node)
+    source = bn.outputs[0]
+    if rule is None or source.shape is None:
+        return False
+    wiring = rule.wiring(node)
+    groups, _, inputs = rule.weights(node).shape[:3]
+    if index != wiring.data or wiring.axis_in % len(source.shape) != 1:
+        return False
+    if groups * inputs != bn.inputs[1].values.size:
+        return False
+    return not rule.spread_axes(node) or not affine(bn)[1].any()
+
+
+def _fold_behind(editor: Editor, node: gs.Node, bn: gs.Node) -> None:
+    rule = _linear(node)
+    assert rule is not None
+    scale, shift = affine(bn)
+    weight = rule.weights(node)
+    factor = scale.reshape(*weight.shape[:2], *[1] * (weight.ndim - 2))
+    rule.set_weights(node, weight * factor.astype(_wide(weight)), editor.put)
+    index = rule.wiring(node).bias
+    bias = None if index is None else constant_input(node, index)
+    if index is not None and bias is not None:
+        editor.put(node, index, (bias * scale).astype(bias.dtype))
+    result = bn.outputs[0]
+    if node.outputs[0].name in editor.model.pinned:
+        editor.model.pinned.add(result.name)
+    bn.outputs.clear()
+    node.outputs[0] = result
+    if not rule.add_bias(node, shift, editor.put):
+        editor.add_behind(node, rule.per_channel(node, shift))
+
+
+def _fold_before(editor: Editor, node: gs.Node, bn: gs.Node) -> None:
+    rule = _linear(node)
+    assert rule is not None
+    scale, shift = affine(bn)
+    response = rule.response(node, shift)
+    weight = rule.weights(node)
+    groups, _, inputs = weight.shape[:3]
+    factor = scale.reshape(groups, 1, inputs, *[1] * (weight.ndim - 3))
+    rule.set_weights(node, weight * factor.astype(_wide(weight)), editor.put)
+    node.inputs[rule.wiring(node).data] = bn.inputs[0]
+    if response.any() and not rule.add_bias(node, response, editor.put):
+        editor.add_behind(node, rule.per_channel(node, response))
+
+
+def _wide(array: np.ndarray) -> type:
+    """Compute in float32 at least: rounding of the product is then that of the result."""
+    return np.float64 if array.dtype.itemsize >= 8 else np.float32

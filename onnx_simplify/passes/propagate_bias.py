@@ -1,0 +1,317 @@
+"""Push the constants of pruned channels forward into whoever reads them.
+
+A channel that does not depend on the input still costs full price.  Its readers absorb it:
+
+    operand of an elementwise operator, all constant   replaced by an initializer
+    W x, no padding, channel k = v                      b += v * sum(W[:, k]);        W[:, k] = 0
+    W x, padding, channels k = v_k                      W[:, r] += v_k/v_r * W[:, k]; W[:, k] = 0
+                                                        (channel r stays and stands for all others)
+    the same, static sizes                              output += map;                W[:, k] = 0
+
+after which nobody needs the channel.  Only channels that become removable this way are touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from onnx_simplify.channels.analysis import Analysis
+from onnx_simplify.channels.operators.elementwise import Elementwise
+from onnx_simplify.channels.operators.linear import Linear
+from onnx_simplify.channels.values import VARYING
+from onnx_simplify.graph.edit import Editor, drop_unused
+from onnx_simplify.graph.model import Model
+from onnx_simplify.graph.shapes import Dim
+from onnx_simplify.planning.planner import Planner
+from onnx_simplify.runtime.inputs import Feeds
+from onnx_simplify.runtime.measure import measure
+from onnx_simplify.runtime.session import run_proto
+
+# Larger arrays are computed at run time rather than stored.
+_LARGEST_CONSTANT = 1 << 24
+
+
+def propagate_bias(
+    model: Model,
+    planner: Planner,
+    runs: Sequence[Feeds],
+    *,
+    only_zeros: bool = False,
+    observe: Callable[[Analysis], None] | None = None,
+) -> None:
+    """Absorb constants, in place.
+
+    Args:
+        model: a cleaned model.
+        planner: chooses among the ways to absorb.
+        runs: inputs for measuring constants, see :func:`onnx_simplify.runtime.measure.measure`.
+        only_zeros: absorb nothing but zeros, which needs no bias.
+        observe: called with the analysis before anything is changed.
+    """
+    analysis = _measured(model, runs)
+    if observe is not None:
+        observe(analysis)
+    if not only_zeros and _store_constant_operands(analysis):
+        drop_unused(model)
+        analysis = _measured(model, runs)
+    _absorb(analysis, planner, only_zeros)
+
+
+def _measured(model: Model, runs: Sequence[Feeds]) -> Analysis:
+    analysis = Analysis(model)
+    analysis.propagate_constants()
+    measure(analysis, runs)
+    return analysis
+
+
+def _store_constant_operands(analysis: Analysis) -> bool:
+    """Replace operands of elementwise nodes that are constant altogether by initializers."""
+    model = analysis.model
+    changed = False
+    for node in model.graph.nodes:
+        rule = analysis.rule[id(node)]
+        if not isinstance(rule, Elementwise) or node.op == "PRelu":
+            continue
+        operands = [t for t in node.inputs if t.name and not isinstance(t, gs.Constant)]
+        fixed = [t for t in operands if (analysis.level[t.name] > VARYING).all()]
+        if len(fixed) == len(operands):
+            continue
+        for tensor in fixed:
+            values = _stored(analysis, tensor)
+            others = [t for t in operands if t is not tensor]
+            if values is None or not _same_shape(analysis, node, others, values.shape):
+                continue
+            constant = model.constant(f"{tensor.name}_constant", values.astype(tensor.dtype))
+            for index, other in enumerate(node.inputs):
+                if other is tensor:
+                    node.inputs[index] = constant
+            operands = others
+            changed = True
+    return changed
+
+
+def _stored(analysis: Analysis, tensor: gs.Tensor) -> np.ndarray | None:
+    """The constant as an array that broadcasts to the tensor, if it can be had."""
+    scalar = analysis.scalar(tensor)
+    if np.isfinite(scalar).all():
+        return scalar
+    found = analysis.array(tensor)
+    return found if found is not None and found.nbytes <= _LARGEST_CONSTANT else None
+
+
+def _same_shape(
+    analysis: Analysis, node: gs.Node, others: list[gs.Tensor], shape: tuple[int, ...]
+) -> bool:
+    """Whether the remaining operands and an array broadcast to the shape of the output."""
+    output = analysis.shape(node.outputs[0])
+    shapes: list[list[Dim]] = [list(shape), *(analysis.shape(t) for t in others)]
+    for axis in range(1, len(output) + 1):
+        found = [s[-axis] for s in shapes if len(s) >= axis]
+        if output[-axis] != 1 and output[-axis] not in found:
+            return False
+    return True
+
+
+@dataclass
+class _Reader:
+    """A linear node that reads constant channels; arrays have one entry per input channel.
+
+    Attributes:
+        scalar: channels whose constant goes into the bias (zeros among them).
+        padded: uniform non-zero channels under padding.
+        mapped: channels whose constant varies in space.
+        values: the constant of uniform channels, NaN elsewhere.
+        absorb: the channels to absorb, once decided.
+        representative: for each channel that another one stands for, which one; -1 elsewhere.
+    """
+
+    node: gs.Node
+    rule: Linear
+    labels: np.ndarray
+    scalar: np.ndarray
+    padded: np.ndarray
+    mapped: np.ndarray
+    values: np.ndarray
+    absorb: np.ndarray = field(init=False)
+    representative: np.ndarray = field(init=False)
+
+    @property
+    def candidates(self) -> np.ndarray:
+        """Channels that could be absorbed."""
+        return self.scalar | self.padded | self.mapped
+
+
+def _absorb(analysis: Analysis, planner: Planner, only_zeros: bool) -> None:
+    readers = _readers(analysis, only_zeros)
+    if not readers:
+        return
+    absorbed = {}
+    for reader in readers:
+        index = reader.rule.wiring(reader.node).data
+        layout = analysis.layouts.of[reader.node.inputs[index].name]
+        axis = reader.rule.wiring(reader.node).axis_in % layout.ndim
+        shape = [-1 if a == axis else 1 for a in range(layout.ndim)]
+        absorbed[id(reader.node), index] = reader.candidates.reshape(shape)
+    alive = analysis.close(analysis.alive(analysis.need(absorbed)))
+    dead = ~alive
+    for reader in readers:
+        _decide(analysis, planner, reader, dead, alive)
+    editor = Editor(analysis.model, analysis.layouts.readers)
+    for reader in readers:
+        _rewrite(analysis, editor, reader, alive)
+    editor.finish()
+
+
+def _readers(analysis: Analysis, only_zeros: bool) -> list[_Reader]:
+    found = []
+    for node in analysis.model.graph.nodes:
+        rule = analysis.rule[id(node)]
+        if not isinstance(rule, Linear):
+            continue
+        tensor = node.inputs[rule.wiring(node).data]
+        level = rule.input_level(node, analysis)
+        labels, _ = rule.channels(node, analysis)
+        if not (level > VARYING).any() or analysis.layouts.of[tensor.name].size < labels.size:
+            continue
+        values = rule.input_values(node, analysis)
+        zero, uniform = values == 0, np.isfinite(values)
+        spread = bool(rule.spread_axes(node))
+        static = rule.is_static(node, analysis)
+        usable = static and analysis.array(tensor) is not None
+        reader = _Reader(
+            node,
+            rule,
+            labels,
+            scalar=zero if spread or only_zeros else uniform,
+            padded=uniform & ~zero & spread & (not only_zeros),
+            mapped=(level > VARYING) & ~uniform & usable & (not only_zeros),
+            values=values,
+        )
+        if reader.candidates.any():
+            found.append(reader)
+    return found
+
+
+def _decide(
+    analysis: Analysis, planner: Planner, reader: _Reader, dead: np.ndarray, alive: np.ndarray
+) -> None:
+    """Choose what to absorb and how; representatives are marked in ``alive``."""
+    used = reader.rule.used(reader.node)
+    groups, _, inputs = used.shape
+    reader.absorb = reader.candidates & dead[reader.labels] & used.any(axis=1).ravel()
+    reader.representative = np.full(reader.labels.size, -1)
+    padded = reader.absorb & reader.padded
+    if not padded.any():
+        return
+    static = reader.rule.is_static(reader.node, analysis)
+    if (reader.absorb & reader.mapped).any() or (groups > 1 and static):
+        return
+    live = int(np.count_nonzero(alive[reader.labels]))
+    chosen = alive[reader.labels] & padded
+    if not chosen.any() and not planner.prefers_representative(live, static):
+        return
+    for group in range(groups):
+        members = np.flatnonzero(padded[group * inputs : (group + 1) * inputs]) + group * inputs
+        if not members.size:
+            continue
+        first = [m for m in members if chosen[m]] or members
+        best = first[int(np.argmax(np.abs(reader.values[first])))]
+        reader.representative[members] = best
+        reader.absorb[best] = False
+        alive[reader.labels[best]] = True
+
+
+def _rewrite(analysis: Analysis, editor: Editor, reader: _Reader, alive: np.ndarray) -> None:
+    if not reader.absorb.any():
+        return
+    node, rule = reader.node, reader.rule
+    stands_for = reader.absorb & (reader.representative >= 0)
+    scalar = reader.absorb & reader.scalar
+    mapped = reader.absorb & ~scalar & ~stands_for
+    shift = rule.response(node, np.where(scalar, reader.values, 0.0))
+    addend = None
+    if mapped.any():
+        addend = _response_map(analysis, reader, mapped)
+        _, outputs = rule.channels(node, analysis)
+        axis = rule.wiring(node).axis_out % addend.ndim
+        addend = _forget(addend, axis, ~alive[outputs])
+        flat = np.moveaxis(addend, axis, 0).reshape(addend.shape[axis], -1)
+        if np.allclose(flat, flat[:, :1], rtol=1e-6, atol=1e-12):
+            shift += flat[:, 0]
+            addend = None
+    weight = np.array(rule.weights(node))
+    groups, _, inputs = weight.shape[:3]
+    for channel in np.flatnonzero(stands_for):
+        other = reader.representative[channel]
+        ratio = reader.values[channel] / reader.values[other]
+        group = channel // inputs
+        extra = weight[group, :, channel % inputs] * weight.dtype.type(ratio)
+        weight[group, :, other % inputs] += extra
+    for group, mask in enumerate(reader.absorb.reshape(groups, inputs)):
+        weight[group][:, mask] = 0
+    rule.set_weights(node, weight, editor.put)
+    if shift.any() and not rule.add_bias(node, shift, editor.put):
+        editor.add_behind(node, rule.per_channel(node, shift))
+    if addend is not None:
+        editor.add_behind(node, addend)
+
+
+def _forget(array: np.ndarray, axis: int, mask: np.ndarray) -> np.ndarray:
+    """Zero the positions of channels that nobody will read."""
+    shape = [-1 if a == axis else 1 for a in range(array.ndim)]
+    return np.where(mask.reshape(shape), 0, array)
+
+
+def _response_map(analysis: Analysis, reader: _Reader, mask: np.ndarray) -> np.ndarray:
+    """What the constants of some input channels add to the output, as an array (float32).
+
+    The node itself is run on these channels alone, with size 1 along axes where nothing varies.
+    """
+    node, rule = reader.node, reader.rule
+    wiring = rule.wiring(node)
+    source = node.inputs[wiring.data]
+    sizes = analysis.shape(source)
+    axis = wiring.axis_in % len(sizes)
+    known = analysis.array(source)
+    spread = rule.spread_axes(node)
+    shape = []
+    for a, size in enumerate(sizes):
+        varies = known is not None and known.shape[a] > 1
+        if a == axis or a in spread or varies:
+            assert isinstance(size, int)
+            shape.append(size)
+        else:
+            shape.append(rule.window(node, a))
+    column = [-1 if a == axis else 1 for a in range(len(sizes))]
+    values = np.where(np.isfinite(reader.values), reader.values, 0).reshape(column)
+    if known is not None:
+        values = np.where(np.isfinite(reader.values).reshape(column), values, known)
+    data = np.broadcast_to(np.where(mask.reshape(column), values, 0), shape).astype(np.float32)
+    return _run_alone(analysis.model, node, wiring.data, wiring.weight, data)
+
+
+def _run_alone(
+    model: Model, node: gs.Node, data: int, weight: int, values: np.ndarray
+) -> np.ndarray:
+    """The node's output for one input, in float32 and without bias."""
+    proto = model.export_node(node)
+    del proto.input[:], proto.output[:]
+    names = {data: "data", weight: "weight"}
+    proto.input.extend([names[0], names[1]])
+    proto.output.append("result")
+    kind = onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph(
+        [proto],
+        "alone",
+        [onnx.helper.make_tensor_value_info("data", kind, values.shape)],
+        [onnx.helper.make_tensor_value_info("result", kind, None)],
+        [onnx.numpy_helper.from_array(node.inputs[weight].values.astype(np.float32), "weight")],
+    )
+    single = onnx.ModelProto(ir_version=min(model.template.ir_version, 10), graph=graph)
+    single.opset_import.extend(model.template.opset_import)
+    return run_proto(single, {"data": values})[0]

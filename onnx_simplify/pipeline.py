@@ -1,0 +1,174 @@
+"""The passes in order, with measurement and verification around them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from onnx_simplify.channels.analysis import Analysis
+from onnx_simplify.errors import CannotVerifyError, SimplifyError, VerificationError
+from onnx_simplify.graph.edit import label
+from onnx_simplify.graph.model import Model
+from onnx_simplify.passes.clean import clean
+from onnx_simplify.passes.compress_maps import compress_maps
+from onnx_simplify.passes.fold_batchnorm import fold_batchnorm
+from onnx_simplify.passes.propagate_bias import propagate_bias
+from onnx_simplify.passes.remove_zeroed import remove_zeroed
+from onnx_simplify.planning.planner import Planner
+from onnx_simplify.planning.profiles import profile
+from onnx_simplify.report import Opaque, Report, add_findings, figures, layers
+from onnx_simplify.runtime.benchmark import time_models
+from onnx_simplify.runtime.inputs import candidate_sizes, input_specs
+from onnx_simplify.runtime.verify import Reference
+
+PASSES = ("fold_batchnorm", "propagate_bias", "remove_zeroed")
+
+_HALF_PRECISION = ("float16", "bfloat16")
+
+
+@dataclass
+class Options:
+    """How to simplify; see :func:`onnx_simplify.simplify` for the meaning of each."""
+
+    pinned: Collection[str] = ()
+    skip: Collection[str] = ()
+    input_shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    input_data: Mapping[str, np.ndarray] | None = None
+    verify: bool = True
+    rtol: float | None = None
+    checks: int = 2
+    target: str | None = None
+    channel_multiple: int | None = None
+    benchmark: bool = False
+    threads: int = 1
+    progress: Callable[[str], None] | None = None
+
+
+def run(original: Model, options: Options) -> tuple[Model, Report]:
+    """Simplify a model.
+
+    Args:
+        original: the model as loaded; it is not modified.
+        options: what to do.
+
+    Returns:
+        The simplified model and the report.
+
+    Raises:
+        ModelError: an option does not fit the model.
+        CannotVerifyError: the original runs on no input and verification was asked for.
+        VerificationError: the result differs.
+    """
+    start = time.perf_counter()
+    step = options.progress or (lambda text: None)
+    planner = Planner(profile(options.target, options.channel_multiple))
+    step("running the original")
+    reference, trouble = _reference(original, options)
+    shapes = _shapes(original, options, reference)
+    model = original.copy()
+    model.pin(options.pinned)
+    report = Report(before=figures(original, shapes), after=figures(original, shapes))
+    report.input_shapes = shapes
+    report.target = planner.profile.name
+    if trouble is not None:
+        report.notes.append(f"constants were not looked for: {trouble}")
+    step("analysing")
+    simplify_in_place(model, planner, reference, report, options, step)
+    report.after = figures(model, shapes)
+    if reference is not None and options.verify:
+        step("verifying")
+        report.verification = reference.compare(model, tolerance(original, options.rtol))
+        if not report.verification.passed:
+            raise VerificationError(
+                f"verification failed, nothing written: {report.verification.reason}"
+            )
+    report.seconds = time.perf_counter() - start
+    if options.benchmark and reference is not None:
+        step("benchmarking")
+        report.benchmark = time_models(
+            {"dense": original, "simplified": model},
+            reference.runs[0].feeds,
+            threads=options.threads,
+            progress=lambda done, total: step(f"benchmarking: round {done} of {total}"),
+        )
+    return model, report
+
+
+def simplify_in_place(
+    model: Model,
+    planner: Planner,
+    reference: Reference | None,
+    report: Report,
+    options: Options,
+    step: Callable[[str], None],
+) -> None:
+    """Run the passes, and fill in the report's layers."""
+    clean(model)
+    if "fold_batchnorm" not in options.skip:
+        report.batchnorms_folded = fold_batchnorm(model)
+    analysis = Analysis(model)
+    report.layers = layers(model)
+    report.opaque = [
+        Opaque(label(n), n.op, analysis.layouts.opaque.get(id(n), "operator not known"))
+        for n in model.graph.nodes
+        if analysis.is_opaque(n)
+    ]
+    if "propagate_bias" not in options.skip and reference is not None:
+        step("absorbing constants")
+        propagate_bias(
+            model, planner, reference.feeds, observe=lambda a: add_findings(report.layers, a)
+        )
+    else:
+        add_findings(report.layers, analysis)
+    if "remove_zeroed" not in options.skip:
+        step("removing channels")
+        remove_zeroed(model, planner)
+    clean(model)
+    compress_maps(model)
+    after = {layer.name: layer for layer in layers(model)}
+    for layer in report.layers:
+        if layer.name in after:
+            layer.outputs_after = after[layer.name].outputs
+            layer.inputs_after = after[layer.name].inputs
+
+
+def tolerance(model: Model, rtol: float | None) -> float:
+    """The relative error allowed: as given, else 1e-4, or 1e-2 with half-precision weights."""
+    if rtol is not None:
+        return rtol
+    half = any(str(a.dtype) in _HALF_PRECISION for a in model.initializers().values())
+    return 1e-2 if half else 1e-4
+
+
+def _reference(model: Model, options: Options) -> tuple[Reference | None, str | None]:
+    """Runs of the original, or why there are none (only if verification was not asked for)."""
+    try:
+        data = None if options.input_data is None else dict(options.input_data)
+        reference = Reference(
+            model,
+            input_shapes=options.input_shapes,
+            input_data=data,
+            count=max(2, options.checks),
+        )
+        return reference, None
+    except CannotVerifyError as error:
+        if options.verify:
+            raise
+        return None, str(error)
+
+
+def _shapes(
+    model: Model, options: Options, reference: Reference | None
+) -> dict[str, list[int]]:
+    """Shapes to count MACs for."""
+    if reference is not None:
+        return {n: list(v.shape) for n, v in reference.runs[0].feeds.items()}
+    try:
+        specs = input_specs(model, options.input_shapes)
+    except SimplifyError:
+        return {}
+    sizes = next(candidate_sizes(specs), {})
+    return {s.name: [sizes[d] if isinstance(d, str) else d for d in s.dims] for s in specs}

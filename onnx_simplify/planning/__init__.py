@@ -1,0 +1,1 @@
+"""Decisions that change speed and size, never the function."""

@@ -1,0 +1,199 @@
+"""What a simplification did: figures before and after, layer by layer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import onnx_graphsurgeon as gs
+
+from onnx_simplify.channels.analysis import Analysis
+from onnx_simplify.channels.layouts import Unsupported
+from onnx_simplify.channels.operators import lookup
+from onnx_simplify.channels.operators.linear import Linear
+from onnx_simplify.graph.edit import label
+from onnx_simplify.graph.model import Model
+from onnx_simplify.graph.shapes import static_shapes
+from onnx_simplify.graph.store import serialized_size
+from onnx_simplify.runtime.benchmark import Timing
+from onnx_simplify.runtime.verify import Verification
+
+
+@dataclass
+class Figures:
+    """Size of a model.
+
+    Attributes:
+        nodes: number of nodes by operator.
+        parameters: number of elements in initializers.
+        macs: multiply-accumulate operations for one inference at ``sizes``; None if unknown.
+        bytes: size of the serialized model.
+    """
+
+    nodes: dict[str, int]
+    parameters: int
+    macs: int | None
+    bytes: int
+
+
+@dataclass
+class Layer:
+    """One layer with weights.
+
+    Attributes:
+        name: the node's name, or its output's.
+        op: its operator.
+        outputs: output channels before.
+        inputs: input channels before.
+        constant: output channels that do not depend on the network's input.
+        dead: output channels that nothing reads.
+        outputs_after: output channels after; 0 when the layer is gone.
+        inputs_after: input channels after.
+    """
+
+    name: str
+    op: str
+    outputs: int
+    inputs: int
+    constant: int = 0
+    dead: int = 0
+    outputs_after: int = 0
+    inputs_after: int = 0
+
+    @property
+    def removed(self) -> int:
+        """Output channels that are gone."""
+        return self.outputs - self.outputs_after
+
+
+@dataclass
+class Opaque:
+    """A node whose rules are not known, so that its channels were left alone."""
+
+    name: str
+    op: str
+    reason: str
+
+
+@dataclass
+class Report:
+    """The whole report.
+
+    Attributes:
+        before: figures of the original.
+        after: figures of the result.
+        layers: all layers with weights, in execution order.
+        batchnorms_folded: number of BatchNormalization nodes folded.
+        opaque: nodes whose channels were left alone, and why.
+        input_shapes: shapes of the inputs that MACs are counted for.
+        target: name of the planner's profile.
+        verification: result of the comparison; None when it was not made.
+        benchmark: timings of ``dense`` and ``simplified`` in milliseconds; None unless asked for.
+        seconds: time taken by simplification and verification.
+        notes: remarks, such as why a pass was left out.
+    """
+
+    before: Figures
+    after: Figures
+    layers: list[Layer] = field(default_factory=list)
+    batchnorms_folded: int = 0
+    opaque: list[Opaque] = field(default_factory=list)
+    input_shapes: dict[str, list[int]] = field(default_factory=dict)
+    target: str = ""
+    verification: Verification | None = None
+    benchmark: dict[str, Timing] | None = None
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def channels_removed(self) -> int:
+        """Output channels of layers that are gone."""
+        return sum(layer.removed for layer in self.layers)
+
+    @property
+    def speedup(self) -> float | None:
+        """Ratio of median times, dense to simplified."""
+        if self.benchmark is None:
+            return None
+        return self.benchmark["dense"].median / self.benchmark["simplified"].median
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain dictionaries, lists and numbers, ready for JSON."""
+        found = asdict(self)
+        found["channels_removed"] = self.channels_removed
+        found["speedup"] = self.speedup
+        return found
+
+
+def figures(model: Model, shapes: Mapping[str, Sequence[int]]) -> Figures:
+    """Count nodes, parameters, MACs and bytes.
+
+    Args:
+        model: the model.
+        shapes: sizes of the inputs to count MACs for.
+    """
+    return Figures(
+        nodes=dict(sorted(Counter(n.op for n in model.graph.nodes).items())),
+        parameters=sum(int(a.size) for a in model.initializers().values()),
+        macs=count_macs(model, shapes),
+        bytes=serialized_size(model),
+    )
+
+
+def count_macs(model: Model, shapes: Mapping[str, Sequence[int]]) -> int | None:
+    """Multiply-accumulate operations of all layers with weights; None if sizes are not known."""
+    found = static_shapes(model, shapes)
+    total = 0
+    for node, rule in _weighted(model):
+        tensors = [t.name for t in (*node.inputs, *node.outputs) if t.name in found]
+        sizes = {name: found[name] for name in tensors}
+        if any(None in size for size in sizes.values()) or node.outputs[0].name not in sizes:
+            return None
+        total += rule.macs(node, sizes)
+    return total
+
+
+def layers(model: Model) -> list[Layer]:
+    """The model's layers with weights, in execution order."""
+    found = []
+    for node, rule in _weighted(model):
+        groups, outputs, inputs = rule.weights(node).shape[:3]
+        found.append(Layer(label(node), node.op, groups * outputs, groups * inputs))
+    return found
+
+
+def _weighted(model: Model) -> Iterator[tuple[gs.Node, Linear]]:
+    """Nodes with constant weights, with their rules."""
+    for node in model.graph.nodes:
+        rule = lookup(node)
+        if isinstance(rule, Linear):
+            try:
+                rule.wiring(node)
+            except Unsupported:
+                continue
+            yield node, rule
+
+
+def add_findings(found: Sequence[Layer], analysis: Analysis) -> None:
+    """Count constant and dead output channels per layer, in place.
+
+    Args:
+        found: the layers.
+        analysis: an analysis of the same model; levels need not have been computed.
+    """
+    by_name = {layer.name: layer for layer in found}
+    need = analysis.need()
+    for node, _ in _weighted(analysis.model):
+        layer = by_name.get(label(node))
+        result = node.outputs[0].name
+        if layer is None or result not in analysis.layouts.of:
+            continue
+        labels = analysis.layouts.of[result]
+        if labels.size != layer.outputs:
+            continue
+        dead = ~analysis.alive(need)[labels]
+        layer.dead = int(dead.sum())
+        if result in analysis.level:
+            layer.constant = int(((analysis.level[result] > 0) & ~dead).sum())

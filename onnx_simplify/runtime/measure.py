@@ -1,0 +1,72 @@
+"""Read the values of constant channels from runs of the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnx_simplify.channels.analysis import Analysis
+from onnx_simplify.channels.values import Constants
+from onnx_simplify.runtime.inputs import Feeds
+from onnx_simplify.runtime.session import Session
+
+# Fetch about this many bytes of activations at a time.
+_CHUNK = 1 << 28
+
+
+def wanted(analysis: Analysis) -> list[gs.Tensor]:
+    """The tensors whose constant values decide something."""
+    found: dict[str, gs.Tensor] = {}
+    for node in analysis.model.graph.nodes:
+        for index in analysis.rule[id(node)].wants_values(node, analysis):
+            tensor = node.inputs[index]
+            if analysis.has(tensor) and (analysis.level[tensor.name] > 0).any():
+                found[tensor.name] = tensor
+    return list(found.values())
+
+
+def measure(analysis: Analysis, runs: Sequence[Feeds]) -> bool:
+    """Fill ``analysis.constants``, then compute the levels anew with what was measured.
+
+    Args:
+        analysis: an analysis with optimistic levels.
+        runs: inputs; the first two of the same sizes and different values, any further ones of
+            other sizes.
+
+    Returns:
+        Whether the model could be run.  If not, nothing may be assumed about constants.
+    """
+    tensors = [t for t in wanted(analysis) if t.name not in analysis.model.input_names]
+    constants = Constants()
+    if tensors:
+        session = Session(analysis.model, [t.name for t in tensors])
+        shape_of = {t.name: analysis.layouts.of[t.name].shape for t in tensors}
+        for names in _chunks(analysis, tensors, runs[0]):
+            first, second, *others = (session.run(feeds, names) for feeds in runs)
+            for k, name in enumerate(names):
+                constants.add(name, shape_of[name], first[k], second[k])
+                for other in others:
+                    constants.confirm(name, shape_of[name], other[k])
+    analysis.constants = constants
+    analysis.propagate_constants()
+    return True
+
+
+def _chunks(analysis: Analysis, tensors: list[gs.Tensor], feeds: Feeds) -> list[list[str]]:
+    """Names in groups whose estimated sizes add up to a bounded amount of memory."""
+    pixels = max((int(np.prod(v.shape[2:])) for v in feeds.values()), default=1)
+    chunks: list[list[str]] = [[]]
+    total = 0
+    for tensor in tensors:
+        dims = analysis.shape(tensor)
+        size = 4 * int(np.prod([d for d in dims if isinstance(d, int)] or [1]))
+        if not all(isinstance(d, int) for d in dims[1:]):
+            size *= pixels
+        if chunks[-1] and total + size > _CHUNK:
+            chunks.append([])
+            total = 0
+        chunks[-1].append(tensor.name)
+        total += size
+    return chunks

@@ -1,0 +1,242 @@
+"""Compare two models by running both in onnxruntime on the same inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from onnx_simplify.errors import CannotVerifyError, ModelError, first_line
+from onnx_simplify.graph.model import Model
+from onnx_simplify.runtime.inputs import (
+    Feeds,
+    InputSpec,
+    candidate_sizes,
+    input_specs,
+    is_free,
+    make_feeds,
+    varied,
+)
+from onnx_simplify.runtime.session import Session
+
+# Integer outputs such as arg-max may flip where two scores tie to within rounding.
+_TIES = 1e-3
+_ATTEMPTS = 24
+
+
+@dataclass
+class Run:
+    """One run of the original: inputs, outputs, and sizes of free dimensions."""
+
+    feeds: Feeds
+    outputs: list[np.ndarray]
+    sizes: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Verification:
+    """The result of a comparison.
+
+    Attributes:
+        passed: whether all outputs agree within the tolerance.
+        worst: largest relative error: ``max |a - b| / max |a|`` per output and run.
+        tolerance: the bound ``worst`` was held against.
+        runs: number of inputs compared.
+        sizes: sizes of free dimensions in each run.
+        reason: what differs, when not passed.
+    """
+
+    passed: bool
+    worst: float
+    tolerance: float
+    runs: int
+    sizes: list[dict[str, int]]
+    reason: str = ""
+
+
+class Reference:
+    """Runs of the original model, kept to compare simplified ones with.
+
+    Attributes:
+        specs: the model's inputs.
+        runs: at least two runs of the same sizes, then runs of other sizes where any are free.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        input_shapes: Mapping[str, Sequence[int]] | None = None,
+        input_data: Feeds | None = None,
+        count: int = 2,
+    ):
+        """Find inputs that the model accepts, and run it.
+
+        Args:
+            model: the model as loaded.
+            input_shapes: sizes for inputs, by name.
+            input_data: values for the first run, by input name.
+            count: number of random inputs of the first sizes (two at least).
+
+        Raises:
+            ModelError: the shapes or data do not fit the model's inputs.
+            CannotVerifyError: the model does not run on any input that could be made.
+        """
+        self.specs = input_specs(model, input_shapes)
+        self.runs: list[Run] = []
+        try:
+            session = Session(model)
+        except Exception as error:
+            raise CannotVerifyError(
+                f"onnxruntime cannot load the original model: {first_line(error)}"
+            ) from error
+        if input_data is not None:
+            self._run_data(model, session, input_data, count)
+        else:
+            self._run_random(model, session, count)
+
+    @property
+    def feeds(self) -> list[Feeds]:
+        """Inputs for measuring: two of the same sizes, then one of other sizes if any is free."""
+        base = [r.feeds for r in self.runs if r.sizes == self.runs[0].sizes]
+        other = [r.feeds for r in self.runs if r.sizes != self.runs[0].sizes]
+        return base[:2] + other[:1]
+
+    def _run_random(self, model: Model, session: Session, count: int) -> None:
+        reason = ""
+        for attempt, sizes in enumerate(candidate_sizes(self.specs)):
+            if attempt == _ATTEMPTS:
+                break
+            try:
+                self.runs = [self._once(model, session, sizes, seed) for seed in range(count)]
+            except Exception as error:
+                reason = reason or first_line(error)
+                continue
+            break
+        if not self.runs:
+            raise CannotVerifyError(
+                "the original model runs on no input that could be made up "
+                f"({reason}): give --input-shape or --input-data"
+            )
+        if is_free(self.specs):
+            for seed, other in enumerate(varied(self.specs, self.runs[0].sizes, 3)[1:], count):
+                try:
+                    self.runs.append(self._once(model, session, other, seed))
+                except Exception:  # this size is not for this model
+                    continue
+
+    def _once(self, model: Model, session: Session, sizes: dict[str, int], seed: int) -> Run:
+        feeds = make_feeds(model, self.specs, sizes, seed)
+        outputs = session.run(feeds)
+        if not all(_is_finite(o) for o in outputs):
+            # Logarithms and roots want positive inputs.
+            positive = {
+                n: (1 / (1 + np.exp(-v.astype(np.float32)))).astype(v.dtype)
+                if v.dtype.kind == "f"
+                else v
+                for n, v in feeds.items()
+            }
+            better = session.run(positive)
+            if all(_is_finite(o) for o in better):
+                return Run(positive, better, dict(sizes))
+        return Run(feeds, outputs, dict(sizes))
+
+    def _run_data(self, model: Model, session: Session, data: Feeds, count: int) -> None:
+        feeds = _fit(self.specs, data)
+        try:
+            self.runs = [Run(feeds, session.run(feeds))]
+        except Exception as error:
+            raise ModelError(
+                f"--input-data: the original model rejects it: {first_line(error)}"
+            ) from error
+        shapes = {n: v.shape for n, v in feeds.items()}
+        specs = [InputSpec(s.name, s.dtype, list(shapes[s.name])) for s in self.specs]
+        for seed in range(1, max(count, 2)):
+            other = make_feeds(model, specs, {}, seed)
+            try:
+                self.runs.append(Run(other, session.run(other)))
+            except Exception:
+                other = {n: v[..., ::-1].copy() for n, v in feeds.items()}
+                self.runs.append(Run(other, session.run(other)))
+
+    def compare(self, simplified: Model, tolerance: float) -> Verification:
+        """Run the simplified model, optimised as in deployment, on all inputs.
+
+        Args:
+            simplified: the model to check.
+            tolerance: bound on the relative error.
+        """
+        sizes = [r.sizes for r in self.runs]
+        worst = 0.0
+        try:
+            session = Session(simplified, optimize=True)
+            for run in self.runs:
+                outputs = session.run(run.feeds)
+                for name, a, b in zip(session.output_names, run.outputs, outputs, strict=True):
+                    error, reason = difference(a, b)
+                    if not error <= tolerance:
+                        return Verification(
+                            False, error, tolerance, len(self.runs), sizes,
+                            reason or f"output '{name}' differs by {error:.2g} of its magnitude",
+                        )
+                    worst = max(worst, error)
+        except Exception as error:
+            return Verification(
+                False, float("inf"), tolerance, len(self.runs), sizes,
+                f"the simplified model does not run: {first_line(error)}",
+            )
+        return Verification(True, worst, tolerance, len(self.runs), sizes)
+
+
+def difference(first: object, second: object) -> tuple[float, str]:
+    """Relative error between two outputs, and what is wrong if it is not a matter of numbers.
+
+    The error is ``max |a - b| / max |a|``; for integers and booleans, zero unless more than one in
+    a thousand differs.
+    """
+    if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)):
+        if len(first) != len(second):
+            return float("inf"), "sequences of different lengths"
+        found = [difference(a, b) for a, b in zip(first, second, strict=True)]
+        return max(found, default=(0.0, ""))
+    a, b = np.asarray(first), np.asarray(second)
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return float("inf"), f"{a.dtype}{list(a.shape)} became {b.dtype}{list(b.shape)}"
+    if a.size == 0:
+        return 0.0, ""
+    if a.dtype.kind not in "fV":
+        share = float(np.mean(a != b))
+        return (0.0, "") if share <= _TIES else (float("inf"), f"{share:.1%} of elements differ")
+    wide = np.float64 if a.dtype.itemsize == 8 else np.float32
+    a, b = a.astype(wide), b.astype(wide)
+    finite = np.isfinite(a)
+    if not np.array_equal(finite, np.isfinite(b)) or not np.array_equal(
+        a[~finite], b[~finite], equal_nan=True
+    ):
+        return float("inf"), "NaN or infinity at different places"
+    if not finite.any():
+        return 0.0, ""
+    gap = float(np.max(np.abs(a - b), where=finite, initial=0.0))
+    size = float(np.max(np.abs(a), where=finite, initial=0.0))
+    return (gap / size if size > 0 else (0.0 if gap == 0 else float("inf"))), ""
+
+
+def _is_finite(array: object) -> bool:
+    values = np.asarray(array) if not isinstance(array, (list, tuple)) else np.zeros(1)
+    return values.dtype.kind != "f" or bool(np.isfinite(values).all())
+
+
+def _fit(specs: Sequence[InputSpec], data: Feeds) -> Feeds:
+    """The data for each input, cast to its type."""
+    feeds = {}
+    for spec in specs:
+        if spec.name not in data:
+            raise ModelError(f"--input-data: no array for input '{spec.name}'")
+        values = np.asarray(data[spec.name])
+        if values.ndim != len(spec.dims):
+            raise ModelError(
+                f"--input-data: '{spec.name}' has {values.ndim} dimensions, not {len(spec.dims)}"
+            )
+        feeds[spec.name] = values.astype(spec.dtype)
+    return feeds
