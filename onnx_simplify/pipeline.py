@@ -80,7 +80,9 @@ def run(original: Model, options: Options) -> tuple[Model, Report]:
     report.after = figures(model, shapes)
     if reference is not None and options.verify:
         step("verifying")
-        report.verification = reference.compare(model, tolerance(original, options.rtol))
+        report.verification = reference.compare(
+            model, options.rtol, half=is_half(original)
+        )
         if not report.verification.passed:
             raise VerificationError(
                 f"verification failed, nothing written: {report.verification.reason}"
@@ -135,12 +137,9 @@ def simplify_in_place(
             layer.inputs_after = after[layer.name].inputs
 
 
-def tolerance(model: Model, rtol: float | None) -> float:
-    """The relative error allowed: as given, else 1e-4, or 1e-2 with half-precision weights."""
-    if rtol is not None:
-        return rtol
-    half = any(str(a.dtype) in _HALF_PRECISION for a in model.initializers().values())
-    return 1e-2 if half else 1e-4
+def is_half(model: Model) -> bool:
+    """Whether any weights have half precision."""
+    return any(str(a.dtype) in _HALF_PRECISION for a in model.initializers().values())
 
 
 def _reference(model: Model, options: Options) -> tuple[Reference | None, str | None]:

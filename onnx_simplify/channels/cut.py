@@ -34,6 +34,9 @@ class Cut:
         for node in self.model.graph.nodes:
             if not self.analysis.node_dead(node, self.alive):
                 self.analysis.rule[id(node)].shrink(node, self)
+        for tensor in self.model.graph.tensors().values():
+            for axis, mask in self.kept(tensor).items():
+                tensor.shape[axis] = int(mask.sum())
         self._editor.finish()
         drop_unused(self.model)
 

@@ -90,7 +90,7 @@ class Editor:
         new values share one new initializer.
         """
         old = node.inputs[index] if len(node.inputs) > index else gs.Variable.empty()
-        values = np.ascontiguousarray(values)
+        values = np.asarray(values, order="C")
         if not isinstance(old, gs.Constant):
             suffix = {1: "weight", 2: "bias"}.get(index, str(index))
             new = self.model.constant(f"{node.outputs[0].name}_{suffix}", values)

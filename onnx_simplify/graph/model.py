@@ -70,7 +70,8 @@ class Model:
         self.graph: gs.Graph = gs.import_onnx(proto)
         for node, message in zip(self.graph.nodes, nodes, strict=True):
             self._protos[id(node)] = message
-        for tensor in self.graph.tensors().values():
+        captured_tensors = [t for n in self.graph.nodes for t in _captured_tensors(n)]
+        for tensor in (*self.graph.tensors().values(), *captured_tensors):
             if isinstance(tensor, gs.Constant) and tensor.name in arrays:
                 tensor.values = arrays[tensor.name]
         for node in self.graph.nodes:
@@ -103,7 +104,7 @@ class Model:
 
     def constant(self, hint: str, values: np.ndarray) -> gs.Constant:
         """A new initializer with a unique name."""
-        return gs.Constant(self.unique(hint), np.ascontiguousarray(values))
+        return gs.Constant(self.unique(hint), np.asarray(values, order="C"))
 
     def pin(self, names: Iterable[str]) -> None:
         """Keep all channels of tensors, of nodes' outputs, or of the outputs of weights' users.

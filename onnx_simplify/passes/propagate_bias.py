@@ -72,17 +72,18 @@ def _measured(model: Model, runs: Sequence[Feeds]) -> Analysis:
 def _store_constant_operands(analysis: Analysis) -> bool:
     """Replace operands of elementwise nodes that are constant altogether by initializers."""
     model = analysis.model
+    need = analysis.need()
     changed = False
     for node in model.graph.nodes:
         rule = analysis.rule[id(node)]
         if not isinstance(rule, Elementwise) or node.op == "PRelu":
             continue
         operands = [t for t in node.inputs if t.name and not isinstance(t, gs.Constant)]
-        fixed = [t for t in operands if (analysis.level[t.name] > VARYING).all()]
+        fixed = [t for t in operands if ((analysis.level[t.name] > VARYING) | ~need[t.name]).all()]
         if len(fixed) == len(operands):
             continue
         for tensor in fixed:
-            values = _stored(analysis, tensor)
+            values = _stored(analysis, tensor, need[tensor.name])
             others = [t for t in operands if t is not tensor]
             if values is None or not _same_shape(analysis, node, others, values.shape):
                 continue
@@ -95,11 +96,14 @@ def _store_constant_operands(analysis: Analysis) -> bool:
     return changed
 
 
-def _stored(analysis: Analysis, tensor: gs.Tensor) -> np.ndarray | None:
-    """The constant as an array that broadcasts to the tensor, if it can be had."""
+def _stored(analysis: Analysis, tensor: gs.Tensor, need: np.ndarray) -> np.ndarray | None:
+    """The constant as an array that broadcasts to the tensor, if it can be had.
+
+    Where it is not needed, it has some other needed value.
+    """
     scalar = analysis.scalar(tensor)
-    if np.isfinite(scalar).all():
-        return scalar
+    if np.isfinite(scalar[need]).all():
+        return np.where(need, scalar, scalar[need].flat[0] if need.any() else 0.0)
     found = analysis.array(tensor)
     return found if found is not None and found.nbytes <= _LARGEST_CONSTANT else None
 
@@ -173,11 +177,13 @@ def _readers(analysis: Analysis, only_zeros: bool) -> list[_Reader]:
         rule = analysis.rule[id(node)]
         if not isinstance(rule, Linear):
             continue
-        tensor = node.inputs[rule.wiring(node).data]
+        wiring = rule.wiring(node)
+        tensor = node.inputs[wiring.data]
+        layout = analysis.layouts.of[tensor.name]
         level = rule.input_level(node, analysis)
-        labels, _ = rule.channels(node, analysis)
-        if not (level > VARYING).any() or analysis.layouts.of[tensor.name].size < labels.size:
+        if layout.shape[wiring.axis_in] == 1 or not (level > VARYING).any():
             continue
+        labels, _ = rule.channels(node, analysis)
         values = rule.input_values(node, analysis)
         zero, uniform = values == 0, np.isfinite(values)
         spread = bool(rule.spread_axes(node))

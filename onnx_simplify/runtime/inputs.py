@@ -18,7 +18,7 @@ Feeds = dict[str, np.ndarray]
 _BATCH_HINTS = ("batch", "n", "bs", "b", "none", "unk")
 # Sizes tried for free spatial dimensions, in order; the first that the model accepts is used.
 _SIZES = (224, 64, 96, 128, 256, 320, 640, 32, 512, 16, 8, 100, 48, 299, 384, 1, 16000, 1000)
-_ELEMENT_BOUND = 2**26
+_ELEMENT_BOUND = 2**21
 
 
 @dataclass
@@ -87,9 +87,8 @@ def candidate_sizes(specs: Sequence[InputSpec]) -> Iterator[dict[str, int]]:
     """
     batch, spatial = _free(specs)
     seen = set()
-    fit = max(1, sum(_volume(s) for s in specs))
     for size in _SIZES if spatial else _SIZES[:1]:
-        if fit * size ** max(1, max((_rank(s) for s in specs), default=0)) > _ELEMENT_BOUND:
+        if spatial and any(_volume(s, size) > _ELEMENT_BOUND for s in specs):
             continue
         for count in (1, 2) if batch else (1,):
             sizes = dict.fromkeys(batch, count) | dict.fromkeys(spatial, size)
@@ -132,12 +131,9 @@ def _free(specs: Sequence[InputSpec]) -> tuple[list[str], list[str]]:
     return batch, other
 
 
-def _volume(spec: InputSpec) -> int:
-    return int(np.prod([d for d in spec.dims if isinstance(d, int)]))
-
-
-def _rank(spec: InputSpec) -> int:
-    return sum(isinstance(d, str) for d in spec.dims[1:])
+def _volume(spec: InputSpec, size: int) -> int:
+    """Number of elements, with ``size`` for free dimensions (but 1 for a batch)."""
+    return int(np.prod([d if isinstance(d, int) else size for d in spec.dims[1:]] or [1]))
 
 
 def make_feeds(

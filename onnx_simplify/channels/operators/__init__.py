@@ -31,7 +31,8 @@ def lookup(node: gs.Node) -> Operator:
 
 register(elementwise.Elementwise(), *elementwise.NAMES)
 register(elementwise.Dropout(), "Dropout")
-register(elementwise.ChannelAffine(), "BatchNormalization", "InstanceNormalization")
+register(elementwise.ChannelAffine(), "BatchNormalization")
+register(elementwise.InstanceNormalization(), "InstanceNormalization")
 register(linear.Convolution(), "Conv")
 register(linear.TransposedConvolution(), "ConvTranspose")
 register(linear.Gemm(), "Gemm")

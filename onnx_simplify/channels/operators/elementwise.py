@@ -130,9 +130,9 @@ class Dropout(Elementwise):
 
 
 class ChannelAffine(Operator):
-    """Operators with one set of parameters per channel of axis 1, and no other coupling.
+    """``BatchNormalization`` in inference mode: one set of parameters per channel of axis 1.
 
-    ``BatchNormalization`` in inference mode, and ``InstanceNormalization``.
+    https://onnx.ai/onnx/operators/onnx__BatchNormalization.html
     """
 
     def layout(self, node: gs.Node, layouts: Layouts) -> None:
@@ -154,8 +154,13 @@ class ChannelAffine(Operator):
         finite = np.ones(1, bool)
         for tensor in node.inputs[1:]:
             finite = finite & np.isfinite(tensor.values)
+        level = self.passed_on(node, analysis, level)
         level = np.where(self._per_channel(self._erased(node), shape), UNIFORM, level)
         return [np.where(self._per_channel(finite, shape), level, VARYING)]
+
+    def passed_on(self, node: gs.Node, analysis: Analysis, level: np.ndarray) -> np.ndarray:
+        """Level of the result where the scale is not zero."""
+        return level
 
     def need(self, node: gs.Node, analysis: Analysis, outputs: Masks) -> Masks:
         """Channel by channel, unless the scale is zero."""
@@ -179,6 +184,24 @@ class ChannelAffine(Operator):
         if 1 in kept:
             for index in range(1, len(node.inputs)):
                 cut.slice(node, index, {0: kept[1]})
+
+
+class InstanceNormalization(ChannelAffine):
+    """Every channel normalised over its positions.
+
+    https://onnx.ai/onnx/operators/onnx__InstanceNormalization.html
+    """
+
+    def passed_on(self, node: gs.Node, analysis: Analysis, level: np.ndarray) -> np.ndarray:
+        """Other constants than zero come out as amplified rounding, which depends on the size."""
+        source = node.inputs[0]
+        zero = analysis.zero(source, analysis.layouts.of[source.name].shape)
+        worst = MAP if all(isinstance(s, int) for s in analysis.shape(source)[2:]) else VARYING
+        return np.where(zero & (level > VARYING), level, np.minimum(level, worst))
+
+    def wants_values(self, node: gs.Node, analysis: Analysis) -> list[int]:
+        """Zeros stay exact."""
+        return [0]
 
 
 def _aligned(array: np.ndarray, rank: int) -> np.ndarray:

@@ -1,0 +1,312 @@
+"""The Python interface: functions from model to model.
+
+Every function takes a path, serialized bytes or a ``ModelProto`` (which is never modified) and
+gives a new, valid ``ModelProto``.
+
+    import onnx_simplify
+
+    model, report = onnx_simplify.simplify("pruned.onnx")
+    print(report.channels_removed, report.verification.worst)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+from onnx import ModelProto
+
+from onnx_simplify import pipeline
+from onnx_simplify.channels.analysis import Analysis
+from onnx_simplify.channels.operators.linear import Linear
+from onnx_simplify.errors import ModelError
+from onnx_simplify.graph.edit import label
+from onnx_simplify.graph.model import Model, ModelSource, load
+from onnx_simplify.graph.shapes import infer
+from onnx_simplify.passes.clean import clean
+from onnx_simplify.passes.fold_batchnorm import fold_batchnorm as _fold_batchnorm
+from onnx_simplify.passes.fold_batchnorm import foldable
+from onnx_simplify.passes.propagate_bias import propagate_bias as _propagate_bias
+from onnx_simplify.passes.remove_zeroed import remove_zeroed as _remove_zeroed
+from onnx_simplify.pipeline import PASSES, Options, is_half
+from onnx_simplify.planning.planner import Planner
+from onnx_simplify.planning.profiles import PROFILES, profile
+from onnx_simplify.report import Report
+from onnx_simplify.runtime.benchmark import Timing, time_models
+from onnx_simplify.runtime.verify import Reference, Verification
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+def simplify(
+    model: ModelSource,
+    *,
+    pinned: Collection[str] = (),
+    skip: Collection[str] = (),
+    input_shapes: Shapes | None = None,
+    input_data: Mapping[str, np.ndarray] | None = None,
+    verify: bool = True,
+    rtol: float | None = None,
+    checks: int = 2,
+    target: str | None = None,
+    channel_multiple: int | None = None,
+    benchmark: bool = False,
+    threads: int = 1,
+) -> tuple[ModelProto, Report]:
+    """Make a model as small and fast as its pruned channels allow.
+
+    Args:
+        model: a path, serialized bytes, or a message (not modified).
+        pinned: names of tensors, nodes or initializers whose channels must stay.
+        skip: passes to leave out, of ``fold_batchnorm``, ``propagate_bias``, ``remove_zeroed``.
+        input_shapes: shapes to run the model with, by input name; needed only where it accepts no
+            shape that can be guessed.
+        input_data: arrays to run the model with, by input name.
+        verify: compare the result with the original in onnxruntime.
+        rtol: bound on the error relative to each output's largest magnitude; by default 1e-4, or
+            1e-2 for models with half-precision weights.
+        checks: number of random inputs (two at least; other sizes come on top).
+        target: planner profile, ``avx2``, ``avx512`` or ``generic``; by default this machine's.
+        channel_multiple: keep dead channels so that channel counts of convolutions are multiples
+            of this; by default the profile's (1: keep none).
+        benchmark: time the original and the result, see ``Report.benchmark``.
+        threads: onnxruntime threads for the benchmark.
+
+    Returns:
+        The simplified model and the report.
+
+    Raises:
+        ModelError: the model cannot be read or is invalid, or an argument does not fit it.
+        CannotVerifyError: the original itself does not run, and ``verify`` is true.
+        VerificationError: the result differs from the original.
+    """
+    options = Options(
+        pinned=pinned,
+        skip=checked_passes(skip),
+        input_shapes=dict(input_shapes or {}),
+        input_data=input_data,
+        verify=verify,
+        rtol=rtol,
+        checks=checks,
+        target=checked_target(target),
+        channel_multiple=channel_multiple,
+        benchmark=benchmark,
+        threads=threads,
+    )
+    result, report = pipeline.run(load(model), options)
+    return result.to_proto(), report
+
+
+def fold_batchnorm(
+    model: ModelSource, pairs: Collection[tuple[str, str]] | None = None
+) -> ModelProto:
+    """Fold BatchNormalization nodes into the linear nodes around them.
+
+    Args:
+        model: the model.
+        pairs: (linear node, BatchNormalization node) by name, as :func:`get_bn_folding` lists
+            them; all by default.
+
+    Raises:
+        ModelError: the model is invalid, or a pair cannot be folded.
+    """
+    working = _cleaned(model)
+    if pairs is not None:
+        pairs = {(str(a), str(b)) for a, b in pairs}
+        unknown = pairs - set(_pairs(working))
+        if unknown:
+            raise ModelError(f"cannot fold {sorted(unknown)[0]}: see get_bn_folding")
+    _fold_batchnorm(working, pairs)
+    return working.to_proto()
+
+
+def propagate_bias(
+    model: ModelSource,
+    pinned: Collection[str] = (),
+    *,
+    input_shapes: Shapes | None = None,
+    input_data: Mapping[str, np.ndarray] | None = None,
+    target: str | None = None,
+) -> ModelProto:
+    """Let the readers of constant channels absorb them, so that nobody needs these channels.
+
+    Shapes do not change; :func:`remove_zeroed` removes the channels.
+
+    Args:
+        model: the model.
+        pinned: names of tensors, nodes or initializers whose channels must stay.
+        input_shapes: as for :func:`simplify`.
+        input_data: as for :func:`simplify`.
+        target: planner profile; by default this machine's.
+
+    Raises:
+        ModelError: the model is invalid, or an argument does not fit it.
+        CannotVerifyError: the model does not run, so constants cannot be measured.
+    """
+    working = _cleaned(model, pinned)
+    planner = Planner(profile(checked_target(target)))
+    _propagate_bias(working, planner, _feeds(working, input_shapes, input_data))
+    return working.to_proto()
+
+
+def remove_zeroed(
+    model: ModelSource,
+    pinned: Collection[str] = (),
+    *,
+    input_shapes: Shapes | None = None,
+    input_data: Mapping[str, np.ndarray] | None = None,
+    target: str | None = None,
+    channel_multiple: int | None = None,
+) -> ModelProto:
+    """Remove channels that are zero or that nothing reads, and everything coupled to them.
+
+    Args:
+        model: the model.
+        pinned: names of tensors, nodes or initializers whose channels must stay.
+        input_shapes: as for :func:`simplify`.
+        input_data: as for :func:`simplify`.
+        target: planner profile; by default this machine's.
+        channel_multiple: as for :func:`simplify`.
+
+    Raises:
+        ModelError: the model is invalid, or an argument does not fit it.
+        CannotVerifyError: the model does not run, so zeros cannot be measured.
+    """
+    working = _cleaned(model, pinned)
+    planner = Planner(profile(checked_target(target), channel_multiple))
+    feeds = _feeds(working, input_shapes, input_data)
+    _propagate_bias(working, planner, feeds, only_zeros=True)
+    _remove_zeroed(working, planner)
+    clean(working)
+    return working.to_proto()
+
+
+def get_bn_folding(model: ModelSource) -> list[tuple[str, str]]:
+    """The (linear node, BatchNormalization node) pairs that can be folded, by name.
+
+    A node without a name is called by its first output.
+    """
+    return _pairs(_cleaned(model))
+
+
+def get_pinned(model: ModelSource) -> list[str]:
+    """Layers whose output channels cannot be removed, by name.
+
+    These are layers whose channels reach a graph output or an operator without rules; there is no
+    need to pin them.
+    """
+    working = _cleaned(model)
+    analysis = Analysis(working)
+    found = []
+    for node in working.graph.nodes:
+        layout = analysis.layouts.of.get(node.outputs[0].name)
+        if isinstance(analysis.rule[id(node)], Linear) and layout is not None:
+            if analysis.layouts.frozen[layout].all():
+                found.append(label(node))
+    return found
+
+
+def verify(
+    original: ModelSource,
+    simplified: ModelSource,
+    *,
+    input_shapes: Shapes | None = None,
+    input_data: Mapping[str, np.ndarray] | None = None,
+    rtol: float | None = None,
+    checks: int = 2,
+) -> Verification:
+    """Run two models in onnxruntime on the same inputs and compare their outputs.
+
+    Args:
+        original: the model to compare with.
+        simplified: the model to check.
+        input_shapes: as for :func:`simplify`.
+        input_data: as for :func:`simplify`.
+        rtol: as for :func:`simplify`.
+        checks: number of random inputs (two at least; other sizes come on top).
+
+    Raises:
+        ModelError: a model is invalid, or an argument does not fit it.
+        CannotVerifyError: the original runs on no input that could be made.
+    """
+    dense = load(original)
+    data = None if input_data is None else dict(input_data)
+    reference = Reference(
+        dense, input_shapes=input_shapes, input_data=data, count=max(2, checks)
+    )
+    return reference.compare(load(simplified), rtol, half=is_half(dense))
+
+
+def benchmark(
+    models: Mapping[str, ModelSource],
+    *,
+    input_shapes: Shapes | None = None,
+    input_data: Mapping[str, np.ndarray] | None = None,
+    threads: int = 1,
+    rounds: int = 15,
+) -> dict[str, Timing]:
+    """Time models against each other in onnxruntime, interleaved in one run.
+
+    Args:
+        models: models by name; all take the inputs of the first.
+        input_shapes: as for :func:`simplify`.
+        input_data: as for :func:`simplify`.
+        threads: intra-op threads.
+        rounds: counted rounds, after two that are not.
+
+    Returns:
+        Median and quartiles in milliseconds, by name.
+
+    Raises:
+        ModelError: a model is invalid, or an argument does not fit it.
+        CannotVerifyError: the first model runs on no input that could be made.
+    """
+    loaded = {name: load(model) for name, model in models.items()}
+    if not loaded:
+        return {}
+    data = None if input_data is None else dict(input_data)
+    first = next(iter(loaded.values()))
+    feeds = Reference(first, input_shapes=input_shapes, input_data=data).runs[0].feeds
+    return time_models(loaded, feeds, threads=threads, rounds=rounds)
+
+
+def checked_passes(names: Collection[str]) -> Collection[str]:
+    """The names, if all are passes.
+
+    Raises:
+        ModelError: one is not.
+    """
+    for name in names:
+        if name not in PASSES:
+            raise ModelError(f"unknown pass '{name}': choose from {', '.join(PASSES)}")
+    return names
+
+
+def checked_target(name: str | None) -> str | None:
+    """The name, if it is a planner profile.
+
+    Raises:
+        ModelError: it is not.
+    """
+    if name not in (None, "auto", *PROFILES):
+        raise ModelError(f"unknown target '{name}': choose from auto, {', '.join(PROFILES)}")
+    return name
+
+
+def _cleaned(source: ModelSource, pinned: Collection[str] = ()) -> Model:
+    working = load(source)
+    working.pin(pinned)
+    clean(working)
+    return working
+
+
+def _pairs(model: Model) -> list[tuple[str, str]]:
+    infer(model)
+    return [(label(node), label(bn)) for node, bn, _ in foldable(model)]
+
+
+def _feeds(
+    model: Model, shapes: Shapes | None, data: Mapping[str, np.ndarray] | None
+) -> list[dict[str, np.ndarray]]:
+    given = None if data is None else dict(data)
+    return Reference(model, input_shapes=shapes, input_data=given).feeds

@@ -1,0 +1,299 @@
+"""The command line: ``python -m onnx_simplify IN OUT [options]``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from onnx_simplify import pipeline
+from onnx_simplify.errors import CannotVerifyError, ModelError, SimplifyError, first_line
+from onnx_simplify.graph.model import load
+from onnx_simplify.graph.store import check_writable, save
+from onnx_simplify.pipeline import PASSES, Options
+from onnx_simplify.planning.profiles import PROFILES
+from onnx_simplify.report import Report
+from onnx_simplify.version import __version__
+
+_EPILOG = """exit codes:
+  0  written and verified
+  1  verification failed, nothing written
+  2  bad usage, or the input cannot be read or the output not written
+  3  could not verify, because the original runs on no input that could be made; nothing written
+     (unless --no-verify)
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: what follows the program's name.
+
+    Returns:
+        The exit code.
+    """
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.output is None and not options.inspect:
+        parser.error("OUT is missing (only --inspect goes without)")
+    try:
+        return _run(options)
+    except SimplifyError as error:
+        return _complain(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _complain("interrupted, nothing written", 2)
+    except MemoryError:
+        return _complain("out of memory, nothing written", 2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
+    except Exception as error:
+        if os.environ.get("ONNX_SIMPLIFY_DEBUG"):
+            raise
+        text = f"{type(error).__name__}: {first_line(error)}"
+        return _complain(
+            f"internal error ({text}), nothing written; ONNX_SIMPLIFY_DEBUG=1 shows where", 2
+        )
+
+
+def _complain(text: str, code: int) -> int:
+    line = " ".join(text.split())
+    print(f"onnx-simplify: {line}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="onnx-simplify",
+        description="Remove the pruned channels of an ONNX model, exactly, and verify the result.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("input", metavar="IN", help="the model")
+    add("output", metavar="OUT", nargs="?", help="where to write the result; may be IN")
+    add("--pin", metavar="NAME", action="append", default=[],
+        help="tensor, node or initializer whose channels must stay (repeatable)")
+    add("--skip", metavar="PASS", action="append", default=[], choices=PASSES,
+        help=f"leave out a pass: {', '.join(PASSES)} (repeatable)")
+    add("--input-shape", metavar="NAME:1,3,224,224", action="append", default=[], type=_shape,
+        help="shape to run the model with (repeatable)")
+    add("--input-data", metavar="FILE.npz", help="arrays to run the model with, by input name")
+    add("--no-verify", dest="verify", action="store_false",
+        help="do not compare the result with the original")
+    add("--rtol", metavar="X", type=_positive_float,
+        help="bound on the error relative to an output's magnitude "
+        "(default: 1e-4, half precision 1e-2)")
+    add("--check", metavar="N", type=_positive_int, default=2,
+        help="random inputs to compare (default: 2; other sizes come on top)")
+    add("--benchmark", action="store_true",
+        help="time the original and the result in onnxruntime, interleaved")
+    add("--threads", metavar="N", type=_positive_int, default=1,
+        help="onnxruntime threads for --benchmark (default: 1)")
+    add("--target", choices=["auto", *PROFILES], default="auto",
+        help="processor to plan for (default: this machine)")
+    add("--channel-multiple", metavar="N", type=_positive_int,
+        help="keep dead channels up to a multiple of N (default: the target's; 1: keep none)")
+    add("--inspect", action="store_true",
+        help="report per layer what is dead, constant and removable; write nothing")
+    add("--json", metavar="FILE", help="write the whole report as JSON")
+    add("--save-external-data", action="store_true",
+        help="write large weights to OUT.data")
+    add("--quiet", action="store_true", help="print nothing but errors")
+    add("--verbose", action="store_true", help="say which tensors were left alone, and why")
+    add("--version", action="version", version=f"onnx-simplify {__version__}")
+    return parser
+
+
+def _shape(text: str) -> tuple[str, list[int]]:
+    name, _, sizes = text.rpartition(":")
+    try:
+        shape = [int(s) for s in sizes.replace("x", ",").split(",")] if sizes else []
+    except ValueError:
+        shape = [0]
+    if not name or any(s < 1 for s in shape):
+        raise argparse.ArgumentTypeError(f"'{text}' does not look like NAME:1,3,224,224")
+    return name, shape
+
+
+def _positive_int(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a positive whole number")
+    return int(text)
+
+
+def _positive_float(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a positive number")
+    return value
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    console = Console(quiet=arguments.quiet, highlight=False)
+    if arguments.output is not None and not arguments.inspect:
+        check_writable(arguments.output)
+    if arguments.json is not None:
+        check_writable(arguments.json)
+    data = None if arguments.input_data is None else _read_data(arguments.input_data)
+    original = load(arguments.input)
+    with _progress(arguments.quiet) as progress:
+        options = Options(
+            pinned=arguments.pin,
+            skip=arguments.skip,
+            input_shapes=dict(arguments.input_shape),
+            input_data=data,
+            verify=arguments.verify and not arguments.inspect,
+            rtol=arguments.rtol,
+            checks=arguments.check,
+            target=arguments.target,
+            channel_multiple=arguments.channel_multiple,
+            benchmark=arguments.benchmark,
+            threads=arguments.threads,
+            progress=progress,
+        )
+        try:
+            model, report = pipeline.run(original, options)
+        except CannotVerifyError as error:
+            raise CannotVerifyError(f"{error} (or --no-verify)") from error
+        if not arguments.inspect:
+            progress("writing")
+            size = save(model, arguments.output, external=arguments.save_external_data)
+            report.after.bytes = size
+    if arguments.json is not None:
+        _write_json(report, arguments)
+    if arguments.inspect:
+        _print_layers(console, report)
+    else:
+        _print_summary(console, report)
+    if arguments.verbose or arguments.inspect:
+        _print_opaque(console, report)
+    return 0
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[str], None]]:
+    """A status line on a terminal; silence elsewhere."""
+    console = Console(stderr=True, quiet=quiet)
+    if not console.is_terminal:
+        yield lambda text: None
+        return
+    with console.status("loading") as status:
+        yield lambda text: status.update(text)
+
+
+def _read_data(path: str) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, AttributeError, EOFError) as error:
+        raise ModelError(f"--input-data: {path} is not an .npz file of arrays") from error
+
+
+def _write_json(report: Report, arguments: argparse.Namespace) -> None:
+    content = {
+        "version": __version__,
+        "input": arguments.input,
+        "output": None if arguments.inspect else arguments.output,
+        **report.to_dict(),
+    }
+    path = Path(arguments.json)
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8"
+        ) as file:
+            json.dump(content, file, indent=2)
+            file.write("\n")
+        os.chmod(file.name, 0o644)
+        os.replace(file.name, path)
+    except OSError as error:
+        raise ModelError(f"--json: {path} cannot be written: {error.strerror or error}") from error
+
+
+def _print_summary(console: Console, report: Report) -> None:
+    before, after = report.before, report.after
+    table = Table(box=box.SIMPLE_HEAD)
+    for title in ("", "before", "after", "change"):
+        table.add_column(title, justify="left" if not title else "right")
+    for op in sorted({*before.nodes, *after.nodes}):
+        old, new = before.nodes.get(op, 0), after.nodes.get(op, 0)
+        table.add_row(op, str(old), str(new), f"{new - old:+d}" if new != old else "")
+    table.add_section()
+    table.add_row("nodes", *_counts(sum(before.nodes.values()), sum(after.nodes.values())))
+    table.add_row("parameters", *_counts(before.parameters, after.parameters))
+    if before.macs is not None and after.macs is not None:
+        table.add_row("MACs", *_counts(before.macs, after.macs))
+    table.add_row("file size (bytes)", *_counts(before.bytes, after.bytes))
+    outputs = sum(layer.outputs for layer in report.layers)
+    table.add_row("channels of layers", *_counts(outputs, outputs - report.channels_removed))
+    if report.benchmark is not None:
+        dense, simplified = report.benchmark["dense"], report.benchmark["simplified"]
+        table.add_section()
+        table.add_row(
+            "time (ms, median)",
+            f"{dense.median:.3f}",
+            f"{simplified.median:.3f}",
+            f"{report.speedup:.2f}x faster",
+        )
+        table.add_row(
+            "  quartiles",
+            f"{dense.low:.3f}..{dense.high:.3f}",
+            f"{simplified.low:.3f}..{simplified.high:.3f}",
+            "",
+        )
+    console.print(table)
+    for note in report.notes:
+        console.print(f"note: {note}", markup=False)
+    found = report.verification
+    if found is None:
+        console.print("not verified")
+    else:
+        console.print(
+            f"verified on {found.runs} inputs: worst relative error {found.worst:.1e} "
+            f"(allowed {found.tolerance:.0e})"
+        )
+
+
+def _counts(before: int, after: int) -> tuple[str, str, str]:
+    change = "" if before == after or not before else f"{(after - before) / before:+.1%}"
+    return f"{before:,}", f"{after:,}", change
+
+
+def _print_layers(console: Console, report: Report) -> None:
+    table = Table(box=box.SIMPLE_HEAD)
+    for title in ("layer", "operator", "inputs", "outputs", "dead", "constant", "removable"):
+        table.add_column(title, justify="left" if title in ("layer", "operator") else "right",
+                         overflow="fold")
+    for layer in report.layers:
+        table.add_row(
+            layer.name,
+            layer.op,
+            *(str(v) for v in (layer.inputs, layer.outputs, layer.dead, layer.constant,
+                               layer.removed)),
+        )
+    console.print(table)
+    console.print(
+        f"{report.channels_removed} of {sum(x.outputs for x in report.layers)} output channels, "
+        f"{report.before.parameters - report.after.parameters:,} of "
+        f"{report.before.parameters:,} parameters can be removed"
+    )
+
+
+def _print_opaque(console: Console, report: Report) -> None:
+    for node in report.opaque:
+        console.print(f"left alone: {node.op} '{node.name}': {node.reason}", markup=False)
