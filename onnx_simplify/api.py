@@ -26,6 +26,7 @@ from onnx_simplify.graph.shapes import infer
 from onnx_simplify.passes.clean import clean
 from onnx_simplify.passes.fold_batchnorm import fold_batchnorm as _fold_batchnorm
 from onnx_simplify.passes.fold_batchnorm import foldable
+from onnx_simplify.passes.fold_shapes import fold_shapes
 from onnx_simplify.passes.propagate_bias import propagate_bias as _propagate_bias
 from onnx_simplify.passes.remove_zeroed import remove_zeroed as _remove_zeroed
 from onnx_simplify.pipeline import PASSES, Options, is_half
@@ -297,6 +298,7 @@ def _cleaned(source: ModelSource, pinned: Collection[str] = ()) -> Model:
     working = load(source)
     working.pin(pinned)
     clean(working)
+    fold_shapes(working)
     return working
 
 

@@ -15,6 +15,7 @@ from onnx_simplify.graph.model import Model
 from onnx_simplify.passes.clean import clean
 from onnx_simplify.passes.compress_maps import compress_maps
 from onnx_simplify.passes.fold_batchnorm import fold_batchnorm
+from onnx_simplify.passes.fold_shapes import fold_shapes
 from onnx_simplify.passes.propagate_bias import propagate_bias
 from onnx_simplify.passes.remove_zeroed import remove_zeroed
 from onnx_simplify.planning.planner import Planner
@@ -109,6 +110,7 @@ def simplify_in_place(
 ) -> None:
     """Run the passes, and fill in the report's layers."""
     clean(model)
+    fold_shapes(model)
     if "fold_batchnorm" not in options.skip:
         report.batchnorms_folded = fold_batchnorm(model)
     analysis = Analysis(model)

@@ -17,6 +17,8 @@ from onnx_simplify.graph.edit import label
 from onnx_simplify.graph.model import Model
 from onnx_simplify.graph.shapes import static_shapes
 from onnx_simplify.graph.store import serialized_size
+from onnx_simplify.passes.clean import clean
+from onnx_simplify.passes.fold_shapes import fold_shapes
 from onnx_simplify.runtime.benchmark import Timing
 from onnx_simplify.runtime.verify import Verification
 
@@ -145,6 +147,12 @@ def figures(model: Model, shapes: Mapping[str, Sequence[int]]) -> Figures:
 def count_macs(model: Model, shapes: Mapping[str, Sequence[int]]) -> int | None:
     """Multiply-accumulate operations of all layers with weights; None if sizes are not known."""
     found = static_shapes(model, shapes)
+    if any(None in size for size in found.values()):
+        # Sizes are computed on the way: follow the computation for these inputs.
+        model = model.copy()
+        clean(model)
+        fold_shapes(model, shapes)
+        found = static_shapes(model, shapes)
     total = 0
     for node, rule in _weighted(model):
         tensors = [t.name for t in (*node.inputs, *node.outputs) if t.name in found]

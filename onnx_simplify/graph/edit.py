@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnx_simplify.graph.model import Model, captured_names
+from onnx_simplify.graph.model import Model
 
 Readers = dict[str, list[tuple[gs.Node, int]]]
 
@@ -26,21 +26,16 @@ def drop_unused(model: Model) -> None:
     uses = Counter(t.name for n in model.graph.nodes for t in n.inputs)
     uses.update(t.name for t in model.graph.outputs)
     uses.update(model.pinned)
-    captured = {id(n): captured_names([n]) for n in model.graph.nodes if _has_body(n)}
-    for names in captured.values():
-        uses.update(names)
+    for node in model.graph.nodes:
+        uses.update(model.captured(node))
     keep = []
     for node in reversed(model.graph.nodes):
         if any(uses[t.name] > 0 for t in node.outputs if t.name):
             keep.append(node)
         else:
             uses.subtract(t.name for t in node.inputs)
-            uses.subtract(captured.get(id(node), ()))
+            uses.subtract(model.captured(node))
     set_nodes(model, keep[::-1])
-
-
-def _has_body(node: gs.Node) -> bool:
-    return any(isinstance(v, gs.Graph) for v in node.attrs.values())
 
 
 def remove_nodes(model: Model, dead: set[int]) -> None:

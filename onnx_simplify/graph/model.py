@@ -68,12 +68,22 @@ class Model:
         sort_nodes(graph)
         nodes = list(graph.node)
         self.graph: gs.Graph = gs.import_onnx(proto)
+        # Keyed by id: all nodes are kept alive so that none is given to a new one.
+        self._originals = list(self.graph.nodes)
         for node, message in zip(self.graph.nodes, nodes, strict=True):
             self._protos[id(node)] = message
-        captured_tensors = [t for n in self.graph.nodes for t in _captured_tensors(n)]
-        for tensor in (*self.graph.tensors().values(), *captured_tensors):
+        tensors = self.graph.tensors()
+        for tensor in tensors.values():
             if isinstance(tensor, gs.Constant) and tensor.name in arrays:
                 tensor.values = arrays[tensor.name]
+        self._captured = {
+            id(node): frozenset(_free_names(message))
+            for node, message in zip(self.graph.nodes, nodes, strict=True)
+            if _has_body(message)
+        }
+        captured = frozenset().union(*self._captured.values())
+        self._captured_arrays = {n: arrays[n] for n in captured - set(self.overridable)
+                                 if n in arrays}
         for node in self.graph.nodes:
             _adopt_constant_attributes(node)
         self._value_infos = {v.name: v for v in self.template.graph.value_info}
@@ -81,8 +91,8 @@ class Model:
             self.template.graph.ClearField(field)
         self._names = {t for n in self.graph.nodes for t in _node_names(n)}
         self._names |= {t.name for t in self.graph.inputs + self.graph.outputs}
-        captured = captured_names(self.graph.nodes)
         self._names |= captured
+        self._names |= {n for m in nodes if _has_body(m) for n in _body_names(m)}
         self.kept_names = frozenset(captured | {t.name for t in self.graph.outputs})
         self.pinned: set[str] = set()
 
@@ -133,15 +143,21 @@ class Model:
     def initializers(self) -> dict[str, np.ndarray]:
         """All initializers the graph uses, by name."""
         found: dict[str, np.ndarray] = {}
-        captured = captured_names(self.graph.nodes)
         for tensor in (
             *(t for n in self.graph.nodes for t in n.inputs),
             *self.graph.outputs,
-            *(t for n in self.graph.nodes for t in _captured_tensors(n) if t.name in captured),
         ):
             if isinstance(tensor, gs.Constant):
                 found[tensor.name] = tensor.values
+        for node in self.graph.nodes:
+            for name in self.captured(node):
+                if name in self._captured_arrays:
+                    found[name] = self._captured_arrays[name]
         return found
+
+    def captured(self, node: gs.Node) -> frozenset[str]:
+        """Names of outer tensors that the bodies of an ``If``/``Loop``/``Scan`` node read."""
+        return self._captured.get(id(node), frozenset())
 
     def copy(self) -> Model:
         """A working copy that shares the weights."""
@@ -224,7 +240,7 @@ class Model:
     def export_node(self, node: gs.Node) -> NodeProto:
         """The node as a message, with the documentation and metadata of the node it stems from."""
         original = self._protos.get(id(node))
-        if original is not None and any(_is_graph(a) for a in original.attribute):
+        if original is not None and _has_body(original):
             # Bodies are never rewritten: keep them to the letter.
             message = NodeProto()
             message.CopyFrom(original)
@@ -241,13 +257,6 @@ class Model:
                     else:
                         setattr(message, field.name, value)
         return message
-
-    def replace_node(self, old: gs.Node, new: gs.Node) -> None:
-        """Let ``new`` inherit name, documentation and metadata of ``old``."""
-        new.name = old.name
-        if id(old) in self._protos:
-            self._protos[id(new)] = self._protos[id(old)]
-        self._keepalive = [*getattr(self, "_keepalive", []), old]
 
 
 def load(source: ModelSource) -> Model:
@@ -368,23 +377,6 @@ def sort_nodes(graph: GraphProto) -> None:
     graph.node.extend(nodes)
 
 
-def captured_names(nodes: Iterable[gs.Node]) -> set[str]:
-    """Names of outer tensors that the bodies of ``If``/``Loop``/``Scan`` nodes read."""
-    return {t.name for node in nodes for t in _captured_tensors(node)}
-
-
-def _captured_tensors(node: gs.Node) -> Iterator[gs.Tensor]:
-    for value in node.attrs.values():
-        if isinstance(value, gs.Graph):
-            local = {t.name for n in value.nodes for t in n.outputs}
-            local |= {t.name for t in value.inputs}
-            for inner in value.nodes:
-                for tensor in (*inner.inputs, *_captured_tensors(inner)):
-                    if tensor.name and tensor.name not in local:
-                        yield tensor
-            yield from (t for t in value.outputs if t.name not in local)
-
-
 def _node_names(node: gs.Node) -> Iterator[str]:
     yield node.name
     yield from (t.name for t in node.inputs)
@@ -392,12 +384,41 @@ def _node_names(node: gs.Node) -> Iterator[str]:
 
 
 def _reads(node: NodeProto) -> Iterator[str]:
+    """Names of the tensors a node reads, those captured by its bodies among them."""
     yield from node.input
+    if _has_body(node):
+        yield from _free_names(node)
+
+
+def _bodies(node: NodeProto) -> Iterator[GraphProto]:
     for attribute in node.attribute:
-        for body in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
-            for inner in body.node:
-                yield from _reads(inner)
-            yield from (o.name for o in body.output)
+        if attribute.type == AttributeProto.GRAPH:
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def _has_body(node: NodeProto) -> bool:
+    return any(_is_graph(a) for a in node.attribute)
+
+
+def _free_names(node: NodeProto) -> set[str]:
+    """Names that the bodies of a node use without defining them."""
+    free: set[str] = set()
+    for body in _bodies(node):
+        local = {i.name for i in body.input} | {i.name for i in body.initializer}
+        local |= {name for inner in body.node for name in inner.output}
+        used = {name for inner in body.node for name in _reads(inner)}
+        used |= {o.name for o in body.output}
+        free |= used - local
+    return free - {""}
+
+
+def _body_names(node: NodeProto) -> Iterator[str]:
+    for body in _bodies(node):
+        yield from (i.name for i in (*body.input, *body.initializer, *body.output))
+        for inner in body.node:
+            yield from (*inner.input, *inner.output)
+            yield from _body_names(inner)
 
 
 def _is_graph(attribute: AttributeProto) -> bool:

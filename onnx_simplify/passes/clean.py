@@ -27,7 +27,7 @@ _NOT_FOLDED = frozenset(
 def clean(model: Model) -> None:
     """Normalise the model, in place."""
     _constants(model)
-    _fold(model)
+    fold_constants(model)
     bypass_identities(model)
     drop_unused(model)
 
@@ -94,7 +94,7 @@ def _constant_value(node: gs.Node) -> np.ndarray | None:
     return None
 
 
-def _fold(model: Model) -> None:
+def fold_constants(model: Model) -> None:
     """Evaluate nodes with constant inputs only, all in one onnxruntime session."""
     kept = model.kept_names
     constant: set[str] = set()

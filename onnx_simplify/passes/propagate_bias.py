@@ -27,6 +27,7 @@ from onnx_simplify.channels.values import VARYING
 from onnx_simplify.graph.edit import Editor, drop_unused
 from onnx_simplify.graph.model import Model
 from onnx_simplify.graph.shapes import Dim
+from onnx_simplify.passes.regroup_shuffles import regroup_shuffles
 from onnx_simplify.planning.planner import Planner
 from onnx_simplify.runtime.inputs import Feeds
 from onnx_simplify.runtime.measure import measure
@@ -59,7 +60,13 @@ def propagate_bias(
     if not only_zeros and _store_constant_operands(analysis):
         drop_unused(model)
         analysis = _measured(model, runs)
-    _absorb(analysis, planner, only_zeros)
+    readers = _readers(analysis, only_zeros)
+    alive = _alive_after(analysis, readers)
+    if regroup_shuffles(analysis, alive):
+        analysis = _measured(model, runs)
+        readers = _readers(analysis, only_zeros)
+        alive = _alive_after(analysis, readers)
+    _absorb(analysis, planner, readers, analysis.close(alive))
 
 
 def _measured(model: Model, runs: Sequence[Feeds]) -> Analysis:
@@ -150,18 +157,22 @@ class _Reader:
         return self.scalar | self.padded | self.mapped
 
 
-def _absorb(analysis: Analysis, planner: Planner, only_zeros: bool) -> None:
-    readers = _readers(analysis, only_zeros)
-    if not readers:
-        return
+def _alive_after(analysis: Analysis, readers: list[_Reader]) -> np.ndarray:
+    """Labels that stay if everything that can be absorbed is."""
     absorbed = {}
     for reader in readers:
-        index = reader.rule.wiring(reader.node).data
-        layout = analysis.layouts.of[reader.node.inputs[index].name]
-        axis = reader.rule.wiring(reader.node).axis_in % layout.ndim
+        wiring = reader.rule.wiring(reader.node)
+        layout = analysis.layouts.of[reader.node.inputs[wiring.data].name]
+        axis = wiring.axis_in % layout.ndim
         shape = [-1 if a == axis else 1 for a in range(layout.ndim)]
-        absorbed[id(reader.node), index] = reader.candidates.reshape(shape)
-    alive = analysis.close(analysis.alive(analysis.need(absorbed)))
+        absorbed[id(reader.node), wiring.data] = reader.candidates.reshape(shape)
+    return analysis.alive(analysis.need(absorbed))
+
+
+def _absorb(
+    analysis: Analysis, planner: Planner, readers: list[_Reader], alive: np.ndarray
+) -> None:
+    """Absorb what makes channels removable; ``alive`` is modified."""
     dead = ~alive
     for reader in readers:
         _decide(analysis, planner, reader, dead, alive)

@@ -196,6 +196,8 @@ class InstanceNormalization(ChannelAffine):
         """Other constants than zero come out as amplified rounding, which depends on the size."""
         source = node.inputs[0]
         zero = analysis.zero(source, analysis.layouts.of[source.name].shape)
+        axes = tuple(a for a, s in enumerate(level.shape) if s == 1)
+        zero = zero.all(axis=axes, keepdims=True)
         worst = MAP if all(isinstance(s, int) for s in analysis.shape(source)[2:]) else VARYING
         return np.where(zero & (level > VARYING), level, np.minimum(level, worst))
 

@@ -87,8 +87,17 @@ class Linear(Operator):
 
     def used(self, node: gs.Node) -> np.ndarray:
         """Which weights are not zero, bool ``[groups, outputs/group, inputs/group]``."""
-        tensor = node.inputs[self.wiring(node).weight]
-        return _nonzero(tensor, lambda: self.weights(node))
+        index = self.wiring(node).weight
+        tensor = node.inputs[index]
+        # Asked for many times; the same weights may serve several nodes in different ways.
+        key = (node.op, index, node.attrs.get("group"), node.attrs.get("transB"))
+        known = tensor.__dict__.setdefault("_used", {})
+        if key not in known:
+            used = self.weights(node) != 0
+            axes = tuple(range(3, used.ndim))
+            known[key] = used.any(axis=axes) if axes else used
+        found: np.ndarray = known[key]
+        return found
 
     def layout(self, node: gs.Node, layouts: Layouts) -> None:
         """Fresh channels on the output axis; the input's other axes hold whole channels."""
@@ -482,18 +491,6 @@ class MatMul(Linear):
             node.outputs[0],
             result.reshape([outputs if a == axis else 1 for a in range(source.ndim)]),
         )
-
-
-def _nonzero(tensor: gs.Constant, weights) -> np.ndarray:  # type: ignore[no-untyped-def]
-    cached = getattr(tensor, "_onnx_simplify_used", None)
-    if cached is not None and cached[0] is tensor.values:
-        return cached[1]
-    weight = weights()
-    used = weight != 0
-    if used.ndim > 3:
-        used = used.any(axis=tuple(range(3, used.ndim)))
-    tensor._onnx_simplify_used = (tensor.values, used)
-    return used
 
 
 def _any_used(used: np.ndarray, columns: np.ndarray) -> np.ndarray:

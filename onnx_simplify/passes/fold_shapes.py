@@ -1,0 +1,145 @@
+"""Replace what is computed from static sizes by constants.
+
+Exporters write ``Shape -> Gather -> Mul -> Concat -> Reshape`` even where the sizes are known.  The
+elements of such vectors are followed one by one, as numbers or as the symbols of dynamic sizes:
+
+    a vector of numbers                      becomes an initializer
+    the target of a Reshape whose elements   becomes an initializer with 0 (copy) or -1 (infer)
+    are numbers but for sizes of its input   for these
+
+Everything else stays computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnx_simplify.channels.operators.base import constant_input, constant_ints
+from onnx_simplify.graph.edit import consumers, drop_unused
+from onnx_simplify.graph.model import Model
+from onnx_simplify.graph.shapes import infer
+from onnx_simplify.passes.clean import fold_constants
+
+# Longer vectors are not shapes.
+_LONGEST = 64
+# Each round resolves one more shape computation of a chain.
+_ROUNDS = 200
+
+
+def fold_shapes(model: Model, input_shapes: Mapping[str, Sequence[int]] | None = None) -> None:
+    """Infer all shapes, replacing computed sizes that turn out static, in place.
+
+    Args:
+        model: the model, without ``Constant`` nodes.
+        input_shapes: sizes to assume for graph inputs; the result is then right for these only.
+    """
+    for _ in range(_ROUNDS):
+        infer(model, input_shapes)
+        if not _replace_known(model):
+            return
+        fold_constants(model)
+        drop_unused(model)
+
+
+def _replace_known(model: Model) -> bool:
+    known: dict[str, np.ndarray] = {}
+    readers = consumers(model)
+    changed = False
+    for node in model.graph.nodes:
+        if node.domain or len(node.outputs) != 1:
+            continue
+        if node.op == "Reshape":
+            target = _target(node, known)
+            if target is not None:
+                name = model.unique(f"{node.outputs[0].name}_shape")
+                node.inputs[1] = gs.Constant(name, np.array(target, np.int64))
+                changed = True
+            continue
+        values = _evaluate(node, known)
+        if values is None or values.size > _LONGEST:
+            continue
+        result = node.outputs[0]
+        known[result.name] = values
+        if not all(isinstance(v, int) for v in values.ravel()) or model.is_kept(result):
+            continue
+        users = readers.get(result.name, [])
+        constant = gs.Constant(result.name, np.asarray(values, np.int64))
+        for user, index in users:
+            user.inputs[index] = constant
+        if users:
+            result.name = model.unique(f"{result.name}_unused")
+            changed = True
+    return changed
+
+
+def _target(node: gs.Node, known: dict[str, np.ndarray]) -> list[int] | None:
+    """A constant target that means the same as the computed one."""
+    values = known.get(node.inputs[1].name)
+    source = node.inputs[0].shape
+    if values is None or source is None or node.attrs.get("allowzero", 0):
+        return None
+    target = []
+    for axis, value in enumerate(values):
+        if isinstance(value, int):
+            target.append(value)
+        elif value is not None and axis < len(source) and source[axis] == value:
+            target.append(0)
+        else:
+            target.append(-1)
+    numbers = [v for v in values if isinstance(v, int)]
+    return target if target.count(-1) <= 1 and 0 not in numbers else None
+
+
+def _evaluate(node: gs.Node, known: dict[str, np.ndarray]) -> np.ndarray | None:
+    """The node's output: numbers, symbols, or None where an element is not known.
+
+    None altogether if the node is not one of those that are followed.
+    """
+    if node.op == "Shape":
+        shape = node.inputs[0].shape
+        if shape is None:
+            return None
+        values = np.array(shape, object)
+        return values[node.attrs.get("start", 0) : node.attrs.get("end")]
+    if node.op not in _MOVES or not node.inputs:
+        return None
+    if node.op == "Concat":
+        parts = [_value(t, known) for t in node.inputs]
+        if any(p is None or p.ndim != 1 for p in parts):
+            return None
+        return np.concatenate(parts)  # type: ignore[arg-type]
+    values = known.get(node.inputs[0].name)
+    if values is None:
+        return None
+    if node.op == "Identity":
+        return values
+    if node.op == "Gather":
+        indices = constant_input(node, 1)
+        if indices is None or values.ndim != 1 or (np.abs(indices) > values.size).any():
+            return None
+        return np.asarray(values[indices.astype(np.int64)], object)
+    if node.op == "Slice":
+        bounds = [constant_ints(node, k, n) for k, n in ((1, "starts"), (2, "ends"))]
+        steps = constant_ints(node, 4, "steps") or [1]
+        if bounds[0] is None or bounds[1] is None or values.ndim != 1 or steps != [1]:
+            return None
+        return values[bounds[0][0] : bounds[1][0]]
+    axes = constant_ints(node, 1, "axes")
+    if axes != [0]:
+        return None
+    if node.op == "Unsqueeze":
+        return values.reshape(1) if values.ndim == 0 else None
+    return values.reshape(()) if values.shape == (1,) else None
+
+
+def _value(tensor: gs.Tensor, known: dict[str, np.ndarray]) -> np.ndarray | None:
+    if isinstance(tensor, gs.Constant):
+        values = np.asarray(tensor.values)
+        return values.astype(object) if values.dtype == np.int64 else None
+    return known.get(tensor.name)
+
+
+_MOVES = frozenset({"Concat", "Gather", "Identity", "Slice", "Squeeze", "Unsqueeze"})
