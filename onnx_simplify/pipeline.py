@@ -68,10 +68,12 @@ def run(original: Model, options: Options) -> tuple[Model, Report]:
     planner = Planner(profile(options.target, options.channel_multiple))
     step("running the original")
     reference, trouble = _reference(original, options)
+    original.release()
     shapes = _shapes(original, options, reference)
     model = original.copy()
     model.pin(options.pinned)
-    report = Report(before=figures(original, shapes), after=figures(original, shapes))
+    before = figures(original, shapes)
+    report = Report(before=before, after=before)
     report.input_shapes = shapes
     report.target = planner.profile.name
     if trouble is not None:
@@ -79,6 +81,7 @@ def run(original: Model, options: Options) -> tuple[Model, Report]:
     step("analysing")
     simplify_in_place(model, planner, reference, report, options, step)
     report.after = figures(model, shapes)
+    original.release()
     if reference is not None and options.verify:
         step("verifying")
         report.verification = reference.compare(
@@ -113,20 +116,22 @@ def simplify_in_place(
     fold_shapes(model)
     if "fold_batchnorm" not in options.skip:
         report.batchnorms_folded = fold_batchnorm(model)
-    analysis = Analysis(model)
+        model.release()
     report.layers = layers(model)
-    report.opaque = [
-        Opaque(label(n), n.op, analysis.layouts.opaque.get(id(n), "operator not known"))
-        for n in model.graph.nodes
-        if analysis.is_opaque(n)
-    ]
+
+    def observe(analysis: Analysis) -> None:
+        add_findings(report.layers, analysis)
+        report.opaque = [
+            Opaque(label(n), n.op, analysis.layouts.opaque.get(id(n), "operator not known"))
+            for n in model.graph.nodes
+            if analysis.is_opaque(n)
+        ]
+
     if "propagate_bias" not in options.skip and reference is not None:
         step("absorbing constants")
-        propagate_bias(
-            model, planner, reference.feeds, observe=lambda a: add_findings(report.layers, a)
-        )
+        propagate_bias(model, planner, reference.feeds, observe=observe)
     else:
-        add_findings(report.layers, analysis)
+        observe(Analysis(model))
     if "remove_zeroed" not in options.skip:
         step("removing channels")
         remove_zeroed(model, planner)
@@ -141,7 +146,9 @@ def simplify_in_place(
 
 def is_half(model: Model) -> bool:
     """Whether any weights have half precision."""
-    return any(str(a.dtype) in _HALF_PRECISION for a in model.initializers().values())
+    return any(
+        str(np.dtype(t.dtype)) in _HALF_PRECISION for t in model.initializers().values()
+    )
 
 
 def _reference(model: Model, options: Options) -> tuple[Reference | None, str | None]:

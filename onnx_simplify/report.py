@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.analysis import Analysis
@@ -138,7 +139,7 @@ def figures(model: Model, shapes: Mapping[str, Sequence[int]]) -> Figures:
     """
     return Figures(
         nodes=dict(sorted(Counter(n.op for n in model.graph.nodes).items())),
-        parameters=sum(int(a.size) for a in model.initializers().values()),
+        parameters=sum(int(np.prod(t.shape)) for t in model.initializers().values()),
         macs=count_macs(model, shapes),
         bytes=serialized_size(model),
     )
@@ -167,7 +168,7 @@ def layers(model: Model) -> list[Layer]:
     """The model's layers with weights, in execution order."""
     found = []
     for node, rule in _weighted(model):
-        groups, outputs, inputs = rule.weights(node).shape[:3]
+        groups, outputs, inputs = rule.dims(node)
         found.append(Layer(label(node), node.op, groups * outputs, groups * inputs))
     return found
 
@@ -192,7 +193,7 @@ def add_findings(found: Sequence[Layer], analysis: Analysis) -> None:
         analysis: an analysis of the same model; levels need not have been computed.
     """
     by_name = {layer.name: layer for layer in found}
-    need = analysis.need()
+    alive = analysis.alive(analysis.need())
     for node, _ in _weighted(analysis.model):
         layer = by_name.get(label(node))
         result = node.outputs[0].name
@@ -201,7 +202,7 @@ def add_findings(found: Sequence[Layer], analysis: Analysis) -> None:
         labels = analysis.layouts.of[result]
         if labels.size != layer.outputs:
             continue
-        dead = ~analysis.alive(need)[labels]
+        dead = ~alive[labels]
         layer.dead = int(dead.sum())
         if result in analysis.level:
             layer.constant = int(((analysis.level[result] > 0) & ~dead).sum())

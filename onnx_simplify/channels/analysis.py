@@ -19,7 +19,6 @@ from onnx_simplify.channels.values import MAP, UNIFORM, VARYING, Constants
 from onnx_simplify.graph.model import Model
 from onnx_simplify.graph.shapes import infer
 
-
 Chooser = Callable[[gs.Node, "Analysis", np.ndarray], bool]
 Absorbed = dict[tuple[int, int], np.ndarray]
 """Masks of input positions by (``id(node)``, input index)."""

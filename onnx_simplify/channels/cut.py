@@ -8,7 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.analysis import Analysis
-from onnx_simplify.graph.edit import Editor, drop_unused, label, set_input
+from onnx_simplify.graph.edit import Editor, ZeroedSlices, compress, drop_unused, label, set_input
 from onnx_simplify.graph.model import Model
 
 
@@ -61,9 +61,9 @@ class Cut:
         """Keep some positions of a node's initializer; nodes that share it may go on doing so."""
         if not kept:
             return
-        values = node.inputs[index].values
-        for axis, mask in kept.items():
-            values = np.compress(mask, values, axis)
+        stored = node.inputs[index]._values
+        lazy = isinstance(stored, ZeroedSlices)
+        values = stored.compress(kept) if lazy else compress(node.inputs[index].values, kept)
         self.put(node, index, values)
 
     def put(self, node: gs.Node, index: int, values: np.ndarray) -> None:
@@ -83,7 +83,6 @@ class Cut:
                         values[position] = value
                 self.put(node, index, values)
             return
-        size = self.analysis.shape(vector)[0]
         result = gs.Variable(self.model.unique(vector.name), dtype=vector.dtype)
         self._editor.before(node, self._overwrite(node, vector, entries, result))
         set_input(node, index, result)

@@ -34,44 +34,46 @@ class Constants:
     high: dict[str, np.ndarray] = field(default_factory=dict)
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
 
-    def add(
-        self, name: str, layout_shape: tuple[int, ...], first: np.ndarray, second: np.ndarray
-    ) -> None:
-        """Record a tensor measured twice, as arrays of the tensor's rank."""
-        if first.ndim != len(layout_shape) or first.size == 0:
-            self.agreement[name] = np.zeros(layout_shape, bool)
+    def record(self, name: str, constant: np.ndarray, values: np.ndarray) -> None:
+        """Record a first measurement.
+
+        Args:
+            name: the tensor.
+            constant: positions said to be constant, bool, shaped like the layout.
+            values: the tensor, of the layout's rank.
+        """
+        self.agreement[name] = np.zeros(constant.shape, bool)
+        if values.ndim != constant.ndim or values.size == 0:
             return
-        axes = tuple(k for k, s in enumerate(layout_shape) if s == 1)
-        same = first == second if first.shape == second.shape else None
-        if same is None:
-            agree = np.zeros(layout_shape, bool)
-        else:
-            agree = same.all(axis=axes, keepdims=True)
-        if not agree.any():
-            self.agreement[name] = agree
-            return
-        first = np.asarray(first, np.float64 if first.dtype.itemsize == 8 else np.float32)
-        low = first.min(axis=axes, keepdims=True).astype(np.float64)
-        high = first.max(axis=axes, keepdims=True).astype(np.float64)
-        agree &= np.isfinite(low) & np.isfinite(high)
+        low, high = _range(values, constant.shape)
+        agree = constant & np.isfinite(low) & np.isfinite(high)
         self.agreement[name], self.low[name], self.high[name] = agree, low, high
         if (agree & ~_uniform(low, high, _ROUNDING)).any():
-            self.arrays[name] = first
+            self.arrays[name] = _wide(values)
 
-    def confirm(self, name: str, layout_shape: tuple[int, ...], other: np.ndarray) -> None:
-        """Withdraw positions whose values differ in a run with inputs of other sizes."""
+    def confirm(self, name: str, values: np.ndarray, *, same_sizes: bool) -> None:
+        """Withdraw positions that are not what they were in the first measurement.
+
+        Args:
+            name: the tensor.
+            values: the tensor in another run.
+            same_sizes: whether the inputs had the same sizes; constants are then equal to the last
+                bit.
+        """
         agree = self.agreement[name]
         if not agree.any():
             return
-        if other.ndim != len(layout_shape) or other.size == 0:
-            self.agreement[name] = np.zeros(layout_shape, bool)
+        if values.ndim != agree.ndim or values.size == 0:
+            self.agreement[name] = np.zeros(agree.shape, bool)
             return
-        axes = tuple(k for k, s in enumerate(layout_shape) if s == 1)
         low, high = self.low[name], self.high[name]
-        slack = 1e-4 * np.maximum(np.abs(low), np.abs(high)) + 1e-30
-        other = np.asarray(other, np.float64 if other.dtype.itemsize == 8 else np.float32)
-        agree = agree & (np.abs(other.min(axis=axes, keepdims=True) - low) <= slack)
-        self.agreement[name] = agree & (np.abs(other.max(axis=axes, keepdims=True) - high) <= slack)
+        slack = 0.0 if same_sizes else 1e-4 * np.maximum(np.abs(low), np.abs(high)) + 1e-30
+        other_low, other_high = _range(values, agree.shape)
+        agree = agree & (np.abs(other_low - low) <= slack) & (np.abs(other_high - high) <= slack)
+        if same_sizes and name in self.arrays:
+            axes = tuple(k for k, s in enumerate(agree.shape) if s == 1)
+            agree &= (_wide(values) == self.arrays[name]).all(axis=axes, keepdims=True)
+        self.agreement[name] = agree
 
     def agree(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """Positions whose measurement does not contradict the rules: the same twice, and finite."""
@@ -96,3 +98,16 @@ class Constants:
 def _uniform(low: np.ndarray, high: np.ndarray, tolerance: float | np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore"):
         return high - low <= tolerance * np.maximum(np.abs(low), np.abs(high))
+
+
+def _range(values: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Smallest and largest value over the axes that are untracked in ``shape`` (float64)."""
+    axes = tuple(k for k, s in enumerate(shape) if s == 1)
+    low = values.min(axis=axes, keepdims=True).astype(np.float64)
+    return low, values.max(axis=axes, keepdims=True).astype(np.float64)
+
+
+def _wide(values: np.ndarray) -> np.ndarray:
+    """As float32, or float64 where that would lose digits."""
+    wide = np.float64 if values.dtype.itemsize == 8 or values.dtype.kind in "iu" else np.float32
+    return values.astype(wide, copy=False)

@@ -3,11 +3,51 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+
 import numpy as np
 import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from onnx_simplify.graph.model import Model
 
+
+class ZeroedSlices(LazyValues):
+    """An array some slices of which are zero, written down without copying the array.
+
+    Attributes:
+        base: the array.
+        axis: the axis.
+        mask: which positions along the axis are zero, bool.
+    """
+
+    def __init__(self, base: np.ndarray, axis: int, mask: np.ndarray):
+        """Zero ``base`` at ``mask`` along ``axis``."""
+        self.base, self.axis, self.mask = base, axis, mask
+        self.shape, self.dtype, self.nbytes = list(base.shape), base.dtype, base.nbytes
+
+    def load(self) -> np.ndarray:
+        """The array itself."""
+        return self.compress({})
+
+    def compress(self, kept: Mapping[int, np.ndarray]) -> np.ndarray:
+        """The array with only some positions kept along some axes."""
+        mask = self.mask[kept[self.axis]] if self.axis in kept else self.mask
+        values = compress(self.base, kept)
+        if mask.any():
+            values = np.array(values) if values is self.base else values
+            values[(slice(None),) * self.axis + (mask,)] = 0
+        return values
+
+
+def compress(values: np.ndarray, kept: Mapping[int, np.ndarray]) -> np.ndarray:
+    """Keep only some positions (bool masks) along some axes."""
+    for axis, mask in sorted(kept.items(), key=lambda item: item[1].mean()):
+        values = np.compress(mask, values, axis)
+    return values
+
+
+Values = np.ndarray | ZeroedSlices
 Readers = dict[str, list[tuple[gs.Node, int]]]
 
 
@@ -66,6 +106,9 @@ def label(node: gs.Node) -> str:
     return str(node.name or next((t.name for t in node.outputs), ""))
 
 
+_NOTHING = np.zeros(0, np.float32)
+
+
 class Editor:
     """Gives nodes initializers of their own, and collects nodes to insert."""
 
@@ -78,20 +121,24 @@ class Editor:
         self._before: dict[int, list[gs.Node]] = {}
         self._after: dict[int, list[gs.Node]] = {}
 
-    def put(self, node: gs.Node, index: int, values: np.ndarray) -> None:
+    def put(self, node: gs.Node, index: int, values: Values) -> None:
         """Give one input of a node another initializer; other users keep the old one.
 
         The initializer keeps its name when it has no other user, and users that all want the same
         new values share one new initializer.
         """
         old = node.inputs[index] if len(node.inputs) > index else gs.Variable.empty()
-        values = np.asarray(values, order="C")
+        if isinstance(values, np.ndarray):
+            values = np.asarray(values, order="C")
         if not isinstance(old, gs.Constant):
             suffix = {1: "weight", 2: "bias"}.get(index, str(index))
             new = self.model.constant(f"{node.outputs[0].name}_{suffix}", values)
         elif self._users[old.name] <= 1 and not self.model.is_kept(old):
             new = gs.Constant(old.name, values)
+            # Tensors are in reference cycles: without this, the array would live on for long.
+            old.values = _NOTHING
         else:
+            values = values if isinstance(values, np.ndarray) else values.load()
             key = (old.name, values.shape, values.dtype.str, values.tobytes())
             new = self._shared.get(key) or self.model.constant(old.name, values)
             self._shared[key] = new

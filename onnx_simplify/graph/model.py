@@ -8,11 +8,11 @@ copied, by all working copies and all onnxruntime sessions.
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Union
 
 import numpy as np
 import onnx
@@ -21,11 +21,12 @@ import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
+from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from onnx_simplify.errors import ModelError, first_line
 from onnx_simplify.graph.wire import split_raw_data
 
-ModelSource = Union[str, "os.PathLike[str]", bytes, ModelProto]
+ModelSource = str | os.PathLike[str] | bytes | ModelProto
 
 # Tensors up to this many bytes stay inside messages, so that shape inference can read their values.
 INLINE_BYTES = 1024
@@ -82,8 +83,11 @@ class Model:
             if _has_body(message)
         }
         captured = frozenset().union(*self._captured.values())
-        self._captured_arrays = {n: arrays[n] for n in captured - set(self.overridable)
-                                 if n in arrays}
+        self._captured_constants = {
+            n: gs.Constant(n, arrays[n])
+            for n in captured - set(self.overridable)
+            if n in arrays
+        }
         for node in self.graph.nodes:
             _adopt_constant_attributes(node)
         self._value_infos = {v.name: v for v in self.template.graph.value_info}
@@ -95,6 +99,7 @@ class Model:
         self._names |= {n for m in nodes if _has_body(m) for n in _body_names(m)}
         self.kept_names = frozenset(captured | {t.name for t in self.graph.outputs})
         self.pinned: set[str] = set()
+        self.mapped: list[mmap.mmap] = []
 
     @property
     def opset(self) -> int:
@@ -112,9 +117,11 @@ class Model:
         self._names.add(name)
         return name
 
-    def constant(self, hint: str, values: np.ndarray) -> gs.Constant:
+    def constant(self, hint: str, values: np.ndarray | LazyValues) -> gs.Constant:
         """A new initializer with a unique name."""
-        return gs.Constant(self.unique(hint), np.asarray(values, order="C"))
+        if isinstance(values, np.ndarray):
+            values = np.asarray(values, order="C")
+        return gs.Constant(self.unique(hint), values)
 
     def pin(self, names: Iterable[str]) -> None:
         """Keep all channels of tensors, of nodes' outputs, or of the outputs of weights' users.
@@ -140,64 +147,72 @@ class Model:
         """Whether the tensor is a graph output or is captured by a subgraph."""
         return tensor.name in self.kept_names
 
-    def initializers(self) -> dict[str, np.ndarray]:
+    def initializers(self) -> dict[str, gs.Constant]:
         """All initializers the graph uses, by name."""
-        found: dict[str, np.ndarray] = {}
+        found: dict[str, gs.Constant] = {}
         for tensor in (
             *(t for n in self.graph.nodes for t in n.inputs),
             *self.graph.outputs,
         ):
             if isinstance(tensor, gs.Constant):
-                found[tensor.name] = tensor.values
+                found[tensor.name] = tensor
         for node in self.graph.nodes:
             for name in self.captured(node):
-                if name in self._captured_arrays:
-                    found[name] = self._captured_arrays[name]
+                if name in self._captured_constants:
+                    found[name] = self._captured_constants[name]
         return found
 
     def captured(self, node: gs.Node) -> frozenset[str]:
         """Names of outer tensors that the bodies of an ``If``/``Loop``/``Scan`` node read."""
         return self._captured.get(id(node), frozenset())
 
+    def release(self) -> None:
+        """Let the operating system drop the pages of mapped weights; they can be read again."""
+        for mapped in self.mapped:
+            if hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
+
     def copy(self) -> Model:
         """A working copy that shares the weights."""
         proto, _ = self.structure()
-        arrays = self.initializers()
+        arrays = {n: t.values for n, t in self.initializers().items()}
         arrays |= {n: numpy_helper.to_array(t) for n, t in self.overridable.items()}
         other = Model(proto, arrays)
         other.pinned = set(self.pinned)
+        other.mapped = self.mapped
         return other
 
-    def structure(self, extra_outputs: Iterable[str] = ()) -> tuple[ModelProto, dict]:
+    def structure(
+        self, extra_outputs: Iterable[str] = ()
+    ) -> tuple[ModelProto, dict[str, gs.Constant]]:
         """The model as a message in which large initializers have a type but no data.
 
         Returns:
-            The message, with large initializers marked as external data, and the arrays of these
-            by name.
+            The message, with large initializers marked as external data, and these by name.
         """
         proto = ModelProto()
         proto.CopyFrom(self.template)
         graph = proto.graph
-        large: dict[str, np.ndarray] = {}
+        large: dict[str, gs.Constant] = {}
         for node in self.graph.nodes:
             graph.node.append(self.export_node(node))
-        arrays = self.initializers()
-        for name, values in arrays.items():
-            if values.nbytes <= INLINE_BYTES:
-                graph.initializer.append(numpy_helper.from_array(np.asarray(values), name))
+        constants = self.initializers()
+        for name, tensor in constants.items():
+            if _nbytes(tensor) <= INLINE_BYTES:
+                graph.initializer.append(numpy_helper.from_array(np.asarray(tensor.values), name))
             else:
-                graph.initializer.append(_placeholder(name, values))
-                large[name] = values
+                graph.initializer.append(_placeholder(name, tensor.dtype, tensor.shape))
+                large[name] = tensor
         graph.initializer.extend(self.overridable.values())
         if proto.ir_version < 4:
             known = {i.name for i in graph.input}
-            keep = [i for i in graph.input if i.name in arrays or i.name in self.input_names]
+            keep = [i for i in graph.input if i.name in constants or i.name in self.input_names]
             del graph.input[:]
             for info in keep:
-                if info.name in arrays:
-                    info = _value_info(info.name, arrays[info.name])
+                if info.name in constants:
+                    info = _value_info(constants[info.name])
                 graph.input.append(info)
-            graph.input.extend(_value_info(n, a) for n, a in arrays.items() if n not in known)
+            graph.input.extend(_value_info(t) for n, t in constants.items() if n not in known)
         shapes = {t.name: t for n in self.graph.nodes for t in n.outputs}
         for name, info in self._value_infos.items():
             tensor = shapes.get(name)
@@ -228,13 +243,13 @@ class Model:
                 external data instead.
         """
         proto, large = self.structure()
-        if sum(a.nbytes for a in large.values()) > MESSAGE_LIMIT:
+        if sum(t.values.nbytes for t in large.values()) > MESSAGE_LIMIT:
             raise ModelError("the model exceeds protobuf's 2 GiB: save it with external data")
         for tensor in proto.graph.initializer:
             if tensor.name in large:
                 tensor.ClearField("external_data")
                 tensor.ClearField("data_location")
-                tensor.raw_data = large[tensor.name].tobytes()
+                tensor.raw_data = large[tensor.name].values.tobytes()
         return proto
 
     def export_node(self, node: gs.Node) -> NodeProto:
@@ -299,18 +314,21 @@ def load(source: ModelSource) -> Model:
             arrays[tensor.name] = _read(tensor, folder)
     _check(proto)
     for tensor in proto.graph.initializer:
-        if arrays[tensor.name].nbytes > INLINE_BYTES:
-            tensor.CopyFrom(_placeholder(tensor.name, arrays[tensor.name]))
+        values = arrays[tensor.name]
+        if values.nbytes > INLINE_BYTES:
+            tensor.CopyFrom(_placeholder(tensor.name, values.dtype, values.shape))
         elif tensor.data_location == TensorProto.EXTERNAL:
-            tensor.CopyFrom(numpy_helper.from_array(np.array(arrays[tensor.name]), tensor.name))
+            tensor.CopyFrom(numpy_helper.from_array(np.array(values), tensor.name))
     if proto.functions:
         proto = onnx.inliner.inline_local_functions(proto)
     try:
-        return Model(proto, arrays)
+        model = Model(proto, arrays)
     except ModelError:
         raise
     except Exception as error:
         raise ModelError(f"not a valid ONNX graph: {first_line(error)}") from error
+    model.mapped = list({id(m): m for m in map(_mapping, arrays.values()) if m}.values())
+    return model
 
 
 def headless(proto: ModelProto) -> ModelProto:
@@ -450,21 +468,24 @@ def _copy_tensor(tensor: TensorProto) -> TensorProto:
     return copy
 
 
-def _value_info(name: str, values: np.ndarray) -> onnx.ValueInfoProto:
+def _value_info(tensor: gs.Constant) -> onnx.ValueInfoProto:
     return onnx.helper.make_tensor_value_info(
-        name, onnx.helper.np_dtype_to_tensor_dtype(values.dtype), values.shape
+        tensor.name, onnx.helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype)), tensor.shape
     )
 
 
-def _placeholder(name: str, values: np.ndarray) -> TensorProto:
+def _nbytes(tensor: gs.Constant) -> int:
+    return int(np.dtype(tensor.dtype).itemsize * np.prod(tensor.shape))
+
+
+def _placeholder(name: str, dtype: np.dtype, shape: Iterable[int]) -> TensorProto:
     tensor = TensorProto(
         name=name,
-        data_type=onnx.helper.np_dtype_to_tensor_dtype(values.dtype),
-        dims=values.shape,
+        data_type=onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)),
+        dims=shape,
         data_location=TensorProto.EXTERNAL,
     )
-    for key, value in (("location", "memory"), ("offset", "0"), ("length", str(values.nbytes))):
-        tensor.external_data.add(key=key, value=value)
+    tensor.external_data.add(key="location", value="memory")
     return tensor
 
 
@@ -507,7 +528,9 @@ def _view(tensor: TensorProto, raw: np.ndarray) -> np.ndarray:
         dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
         return raw.view(dtype).reshape(tuple(tensor.dims))
     except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"initializer '{tensor.name}' has data that do not fit its shape") from error
+        raise ModelError(
+            f"initializer '{tensor.name}' has data that do not fit its shape"
+        ) from error
 
 
 def _read(tensor: TensorProto, folder: Path | None) -> np.ndarray:
@@ -534,7 +557,9 @@ def _read(tensor: TensorProto, folder: Path | None) -> np.ndarray:
         offset = int(entries.get("offset", 0))
         length = int(entries.get("length", path.stat().st_size - offset))
     except ValueError as error:
-        raise ModelError(f"initializer '{tensor.name}' has a malformed external location") from error
+        raise ModelError(
+            f"initializer '{tensor.name}' has a malformed external location"
+        ) from error
     data = _map_file(path)
     if offset < 0 or length < 0 or offset + length > len(data):
         raise ModelError(f"external data file '{location}' is too short for '{tensor.name}'")
@@ -553,6 +578,16 @@ def _map_file(path: Path) -> np.ndarray:
         raise ModelError(f"{path} does not exist") from None
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _mapping(array: np.ndarray) -> mmap.mmap | None:
+    """The file mapping that an array is a view of."""
+    base: object = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, memoryview):
+        base = base.obj
+    return base if isinstance(base, mmap.mmap) else None
 
 
 def _check(proto: ModelProto) -> None:

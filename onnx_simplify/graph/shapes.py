@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Union
 
-import numpy as np
 import onnx
 import onnx.shape_inference
 import onnx_graphsurgeon as gs
@@ -14,7 +12,7 @@ import onnx_graphsurgeon as gs
 from onnx_simplify.errors import ModelError
 from onnx_simplify.graph.model import Model, headless
 
-Dim = Union[int, str]
+Dim = int | str
 """A static size, or the symbol of a dynamic one (unknown sizes have symbols of their own)."""
 
 

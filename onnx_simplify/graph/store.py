@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import onnx_graphsurgeon as gs
 from onnx import GraphProto, ModelProto, TensorProto
 
 from onnx_simplify.errors import ModelError
@@ -36,7 +37,7 @@ def save(model: Model, path: str | os.PathLike[str], *, external: bool = False) 
     """
     path = Path(path)
     proto, large = model.structure()
-    external = external or sum(a.nbytes for a in large.values()) > MESSAGE_LIMIT
+    external = external or sum(t.values.nbytes for t in large.values()) > MESSAGE_LIMIT
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             new = Path(folder, path.name)
@@ -78,7 +79,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 def serialized_size(model: Model) -> int:
     """Size in bytes of the model as a single file."""
     proto, large = model.structure()
-    return proto.ByteSize() + sum(a.nbytes for a in large.values())
+    return proto.ByteSize() + sum(t.values.nbytes for t in large.values())
 
 
 def _keep_mode(old: Path, new: Path) -> None:
@@ -90,7 +91,7 @@ def _keep_mode(old: Path, new: Path) -> None:
         os.chmod(new, 0o666 & ~mask)
 
 
-def _pieces(proto: ModelProto, large: dict[str, np.ndarray]) -> Iterator[bytes | memoryview]:
+def _pieces(proto: ModelProto, large: dict[str, gs.Constant]) -> Iterator[bytes | memoryview]:
     """The serialized model, weights spliced in where a message would hold them."""
     graph = GraphProto()
     graph.CopyFrom(proto.graph)
@@ -98,7 +99,7 @@ def _pieces(proto: ModelProto, large: dict[str, np.ndarray]) -> Iterator[bytes |
     for tensor in proto.graph.initializer:
         if tensor.name in large:
             head = TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
-            heads.append((head.SerializeToString(), large[tensor.name]))
+            heads.append((head.SerializeToString(), large[tensor.name].values))
     small = [t for t in proto.graph.initializer if t.name not in large]
     del graph.initializer[:]
     graph.initializer.extend(small)
@@ -122,14 +123,14 @@ def _pieces(proto: ModelProto, large: dict[str, np.ndarray]) -> Iterator[bytes |
 
 
 def _write_external(
-    proto: ModelProto, large: dict[str, np.ndarray], file: BinaryIO, data: Path, location: str
+    proto: ModelProto, large: dict[str, gs.Constant], file: BinaryIO, data: Path, location: str
 ) -> None:
     with open(data, "wb") as out:
         for tensor in proto.graph.initializer:
             if tensor.name not in large:
                 continue
             out.seek(-out.tell() % _ALIGNMENT, os.SEEK_CUR)
-            raw = _bytes(large[tensor.name])
+            raw = _bytes(large[tensor.name].values)
             del tensor.external_data[:]
             for key, value in (
                 ("location", location),

@@ -41,15 +41,13 @@ def _compressed(model: Model, editor: Editor, node: gs.Node, tensor: gs.Constant
     values = tensor.values
     steps = []
     for axis in range(2, values.ndim):
-        flat = np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)
-        _, first, index = np.unique(flat, axis=0, return_index=True, return_inverse=True)
-        if first.size <= values.shape[axis] // 2:
-            # In order of appearance, so that the result does not depend on the values.
-            order = np.argsort(first)
-            rank = np.empty_like(order)
-            rank[order] = np.arange(order.size)
-            values = values.take(first[order], axis)
-            steps.append((axis, rank[index.reshape(-1)]))
+        rows = np.moveaxis(values, axis, 0)
+        # Equal rows are neighbours: what repeats is the interior.
+        new = np.ones(len(rows), bool)
+        new[1:] = (rows[1:] != rows[:-1]).any(axis=tuple(range(1, rows.ndim)))
+        if new.sum() <= len(rows) // 2:
+            values = np.compress(new, values, axis)
+            steps.append((axis, np.cumsum(new) - 1))
     if values.nbytes + sum(i.nbytes for _, i in steps) > tensor.values.nbytes // 2:
         return tensor
     result: gs.Tensor = model.constant(f"{tensor.name}_distinct", values)

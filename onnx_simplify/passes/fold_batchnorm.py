@@ -21,7 +21,6 @@ from onnx_simplify.channels.operators.base import constant_input, has_input
 from onnx_simplify.channels.operators.linear import Linear
 from onnx_simplify.graph.edit import Editor, Readers, consumers, label, remove_nodes
 from onnx_simplify.graph.model import Model
-from onnx_simplify.graph.shapes import infer
 
 
 def foldable(model: Model) -> Iterator[tuple[gs.Node, gs.Node, bool]]:
@@ -49,12 +48,13 @@ def foldable(model: Model) -> Iterator[tuple[gs.Node, gs.Node, bool]]:
 def fold_batchnorm(model: Model, pairs: Collection[tuple[str, str]] | None = None) -> int:
     """Fold all pairs, or those whose (linear, BatchNormalization) names are in ``pairs``.
 
+    Shapes must have been inferred.
+
     Returns:
         How many were folded.
     """
     count = 0
     while True:
-        infer(model)
         chosen = [
             p for p in foldable(model) if pairs is None or (label(p[0]), label(p[1])) in pairs
         ]
@@ -111,7 +111,7 @@ def _folds_behind(model: Model, readers: Readers, node: gs.Node, bn: gs.Node) ->
     channels = bn.inputs[1].values.size
     return (
         wiring.axis_out % len(result.shape) == 1
-        and int(np.prod(rule.weights(node).shape[:2])) == channels
+        and int(np.prod(rule.dims(node)[:2])) == channels
     )
 
 
@@ -121,7 +121,7 @@ def _folds_before(model: Model, node: gs.Node, bn: gs.Node, index: int) -> bool:
     if rule is None or source.shape is None:
         return False
     wiring = rule.wiring(node)
-    groups, _, inputs = rule.weights(node).shape[:3]
+    groups, _, inputs = rule.dims(node)
     if index != wiring.data or wiring.axis_in % len(source.shape) != 1:
         return False
     if groups * inputs != bn.inputs[1].values.size:

@@ -261,21 +261,26 @@ def _rewrite(analysis: Analysis, editor: Editor, reader: _Reader, alive: np.ndar
         if np.allclose(flat, flat[:, :1], rtol=1e-6, atol=1e-12):
             shift += flat[:, 0]
             addend = None
-    weight = np.array(rule.weights(node))
-    groups, _, inputs = weight.shape[:3]
+    if stands_for.any():
+        _merge_columns(reader, stands_for, editor)
+    rule.zero_columns(node, reader.absorb, editor.put)
+    if shift.any() and not rule.add_bias(node, shift, editor.put):
+        editor.add_behind(node, rule.per_channel(node, shift))
+    if addend is not None:
+        editor.add_behind(node, addend)
+
+
+def _merge_columns(reader: _Reader, stands_for: np.ndarray, editor: Editor) -> None:
+    """Add the scaled weights of channels to those of the channels that stand for them."""
+    weight = np.array(reader.rule.weights(reader.node))
+    inputs = weight.shape[2]
     for channel in np.flatnonzero(stands_for):
         other = reader.representative[channel]
         ratio = reader.values[channel] / reader.values[other]
         group = channel // inputs
         extra = weight[group, :, channel % inputs] * weight.dtype.type(ratio)
         weight[group, :, other % inputs] += extra
-    for group, mask in enumerate(reader.absorb.reshape(groups, inputs)):
-        weight[group][:, mask] = 0
-    rule.set_weights(node, weight, editor.put)
-    if shift.any() and not rule.add_bias(node, shift, editor.put):
-        editor.add_behind(node, rule.per_channel(node, shift))
-    if addend is not None:
-        editor.add_behind(node, addend)
+    reader.rule.set_weights(reader.node, weight, editor.put)
 
 
 def _forget(array: np.ndarray, axis: int, mask: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.analysis import Analysis
-from onnx_simplify.channels.values import Constants
+from onnx_simplify.channels.values import VARYING, Constants
 from onnx_simplify.runtime.inputs import Feeds
 from onnx_simplify.runtime.session import Session
 
@@ -22,36 +22,33 @@ def wanted(analysis: Analysis) -> list[gs.Tensor]:
     for node in analysis.model.graph.nodes:
         for index in analysis.rule[id(node)].wants_values(node, analysis):
             tensor = node.inputs[index]
-            if analysis.has(tensor) and (analysis.level[tensor.name] > 0).any():
+            if analysis.has(tensor) and (analysis.level[tensor.name] > VARYING).any():
                 found[tensor.name] = tensor
     return list(found.values())
 
 
-def measure(analysis: Analysis, runs: Sequence[Feeds]) -> bool:
+def measure(analysis: Analysis, runs: Sequence[Feeds]) -> None:
     """Fill ``analysis.constants``, then compute the levels anew with what was measured.
 
     Args:
         analysis: an analysis with optimistic levels.
         runs: inputs; the first two of the same sizes and different values, any further ones of
             other sizes.
-
-    Returns:
-        Whether the model could be run.  If not, nothing may be assumed about constants.
     """
     tensors = [t for t in wanted(analysis) if t.name not in analysis.model.input_names]
     constants = Constants()
     if tensors:
         session = Session(analysis.model, [t.name for t in tensors])
-        shape_of = {t.name: analysis.layouts.of[t.name].shape for t in tensors}
         for names in _chunks(analysis, tensors, runs[0]):
-            first, second, *others = (session.run(feeds, names) for feeds in runs)
-            for k, name in enumerate(names):
-                constants.add(name, shape_of[name], first[k], second[k])
-                for other in others:
-                    constants.confirm(name, shape_of[name], other[k])
+            for number, feeds in enumerate(runs):
+                # One run's tensors at a time: they are large.
+                for name, values in zip(names, session.run(feeds, names), strict=True):
+                    if number == 0:
+                        constants.record(name, analysis.level[name] > VARYING, values)
+                    else:
+                        constants.confirm(name, values, same_sizes=number == 1)
     analysis.constants = constants
     analysis.propagate_constants()
-    return True
 
 
 def _chunks(analysis: Analysis, tensors: list[gs.Tensor], feeds: Feeds) -> list[list[str]]:

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import onnx_graphsurgeon as gs
+import onnxruntime as ort
 from onnx import ModelProto
 
-from onnx_simplify.graph.model import Model
+from onnx_simplify.graph.model import Model, headless
 
 PROVIDERS = ["CPUExecutionProvider"]
 
@@ -33,22 +33,36 @@ class Session:
             extra_outputs: inner tensors to expose behind the graph's own outputs.
             threads: intra-op threads; 0 lets onnxruntime decide.
             optimize: apply onnxruntime's graph optimisations and weight packing, as a deployment
-                would; without, opening is quicker and weights are not copied.
+                would; without, weights are fed as inputs, which saves opening the session two
+                copies of them.
         """
-        proto, large = model.structure(extra_outputs)
+        proto, constants = model.structure(extra_outputs)
+        large = {name: tensor.values for name, tensor in constants.items()}
+        self.output_names = [o.name for o in proto.graph.output]
+        self._weights: dict[str, np.ndarray] = {}
+        if not optimize and all(a.dtype.kind in "fiub" for a in large.values()):
+            try:
+                self._open(headless(proto), session_options(threads=threads, optimize=False))
+            except Exception:  # some operators insist on initializers
+                pass
+            else:
+                self._weights = large
+                return
         options = session_options(threads=threads, optimize=optimize)
         # Values must outlive the session: it refers to their memory.
         self._values = [_ort_value(a) for a in large.values()]
         if large:
             options.add_external_initializers(list(large), self._values)
-        self.raw = ort.InferenceSession(proto.SerializeToString(), options, providers=PROVIDERS)
-        self.output_names = [o.name for o in self.raw.get_outputs()]
+        self._open(proto, options)
+
+    def _open(self, proto: ModelProto, options: ort.SessionOptions) -> None:
+        self._raw = ort.InferenceSession(proto.SerializeToString(), options, providers=PROVIDERS)
 
     def run(
         self, feeds: dict[str, np.ndarray], outputs: Sequence[str] | None = None
     ) -> list[np.ndarray]:
         """Run once and return the outputs (all, or those named)."""
-        return self.raw.run(outputs, feeds)
+        return self._raw.run(outputs, {**self._weights, **feeds})
 
 
 def session_options(*, threads: int = 0, optimize: bool = True) -> ort.SessionOptions:

@@ -105,10 +105,15 @@ class Reference:
 
     @property
     def feeds(self) -> list[Feeds]:
-        """Inputs for measuring: two of the same sizes, then one of other sizes if any is free."""
-        base = [r.feeds for r in self.runs if r.sizes == self.runs[0].sizes]
-        other = [r.feeds for r in self.runs if r.sizes != self.runs[0].sizes]
-        return base[:2] + other[:1]
+        """Inputs for measuring: two of the same sizes, then one where others than batches vary."""
+        first = self.runs[0]
+        shapes = {n: v.shape[1:] for n, v in first.feeds.items()}
+        other = [
+            r.feeds
+            for r in self.runs
+            if any(v.shape[1:] != shapes[n] for n, v in r.feeds.items())
+        ]
+        return [first.feeds, self.runs[1].feeds, *other[:1]]
 
     def _run_random(self, model: Model, session: Session, count: int) -> None:
         reason = ""

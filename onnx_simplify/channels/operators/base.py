@@ -6,7 +6,7 @@ Every array of ids, levels or masks is shaped like the *layout* of the tensor it
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from onnx_simplify.channels.layouts import Layouts
     from onnx_simplify.graph.shapes import Dim
 
-Masks = list[Optional[np.ndarray]]
+Masks = list[np.ndarray | None]
 
 
 class Operator:
@@ -122,6 +122,13 @@ def constant_input(node: gs.Node, index: int) -> np.ndarray | None:
     if len(node.inputs) > index and isinstance(node.inputs[index], gs.Constant):
         return np.asarray(node.inputs[index].values)
     return None
+
+
+def constant_shape(node: gs.Node, index: int) -> list[int]:
+    """The shape of an input if it is an initializer; empty when absent, computed or a scalar."""
+    if len(node.inputs) > index and isinstance(node.inputs[index], gs.Constant):
+        return list(node.inputs[index].shape)
+    return []
 
 
 def has_input(node: gs.Node, index: int) -> bool:

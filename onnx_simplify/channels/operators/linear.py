@@ -19,18 +19,24 @@ from onnx_simplify.channels.operators.base import (
     Operator,
     attr_ints,
     constant_input,
+    constant_shape,
     has_input,
     is_static,
     min_to,
 )
 from onnx_simplify.channels.values import MAP, UNIFORM, VARYING
+from onnx_simplify.graph.edit import Values, ZeroedSlices
 
 if TYPE_CHECKING:
     from onnx_simplify.channels.analysis import Analysis
     from onnx_simplify.channels.cut import Cut
 
 
-Put = Callable[[gs.Node, int, np.ndarray], None]
+# Elements of a weight that are looked at together, and rows that are looked at first.
+_PIECE = 1 << 22
+_FIRST = 32
+
+Put = Callable[[gs.Node, int, Values], None]
 
 
 @dataclass(frozen=True)
@@ -85,12 +91,19 @@ class Linear(Operator):
         """The canonical weights of the node."""
         return self.to_canonical(node, node.inputs[self.wiring(node).weight].values)
 
+    def dims(self, node: gs.Node) -> tuple[int, int, int]:
+        """(groups, outputs per group, inputs per group), without touching the weights."""
+        shape = node.inputs[self.wiring(node).weight].shape
+        dummy = np.broadcast_to(np.zeros((), bool), shape)
+        groups, outputs, inputs = self.to_canonical(node, dummy).shape[:3]
+        return groups, outputs, inputs
+
     def used(self, node: gs.Node) -> np.ndarray:
         """Which weights are not zero, bool ``[groups, outputs/group, inputs/group]``."""
         index = self.wiring(node).weight
         tensor = node.inputs[index]
         # Asked for many times; the same weights may serve several nodes in different ways.
-        key = (node.op, index, node.attrs.get("group"), node.attrs.get("transB"))
+        key = self._orientation(node)
         known = tensor.__dict__.setdefault("_used", {})
         if key not in known:
             used = self.weights(node) != 0
@@ -99,12 +112,45 @@ class Linear(Operator):
         found: np.ndarray = known[key]
         return found
 
+    def _orientation(self, node: gs.Node) -> tuple[object, ...]:
+        """All that :meth:`to_canonical` depends on."""
+        index = self.wiring(node).weight
+        return node.op, index, node.attrs.get("group"), node.attrs.get("transB")
+
+    def zero_columns(self, node: gs.Node, mask: np.ndarray, put: Put) -> None:
+        """Set the weights of some input channels to zero.
+
+        The weights themselves are not copied before somebody asks for them: most of these columns
+        are removed later.
+
+        Args:
+            node: the node.
+            mask: which input channels, bool ``(inputs,)``.
+            put: gives the node an initializer of its own.
+        """
+        groups, _, inputs = self.dims(node)
+        index = self.wiring(node).weight
+        used = self.used(node) & ~mask.reshape(groups, 1, inputs)
+        if groups > 1:
+            weight = np.array(self.weights(node))
+            for part, columns in zip(weight, mask.reshape(groups, inputs), strict=True):
+                part[:, columns] = 0
+            self.set_weights(node, weight, put)
+        else:
+            axis = self.column_axis(node)
+            put(node, index, ZeroedSlices(node.inputs[index].values, axis, mask))
+        node.inputs[index].__dict__["_used"] = {self._orientation(node): used}
+
+    def column_axis(self, node: gs.Node) -> int:
+        """Axis of the weight (0 or 1) that runs over input channels, for a single group."""
+        return 1
+
     def layout(self, node: gs.Node, layouts: Layouts) -> None:
         """Fresh channels on the output axis; the input's other axes hold whole channels."""
         wiring = self.wiring(node)
         source = layouts(node.inputs[wiring.data])
         shape = layouts.shape(node.inputs[wiring.data])
-        groups, outputs, inputs = self.weights(node).shape[:3]
+        groups, outputs, inputs = self.dims(node)
         if shape[wiring.axis_in] != groups * inputs:
             raise Unsupported("number of input channels is not known to match the weight")
         output = node.outputs[0]
@@ -138,7 +184,7 @@ class Linear(Operator):
         return self._expand(min_to(level, tuple(shape)).ravel(), node)
 
     def _expand(self, flat: np.ndarray, node: gs.Node) -> np.ndarray:
-        groups, _, inputs = self.weights(node).shape[:3]
+        groups, _, inputs = self.dims(node)
         return flat if flat.size == groups * inputs else np.repeat(flat, groups * inputs)
 
     def input_zero(self, node: gs.Node, analysis: Analysis) -> np.ndarray:
@@ -201,10 +247,7 @@ class Linear(Operator):
         used = self.used(node)
         groups, count, inputs = used.shape
         rows = np.broadcast_to(wanted.ravel(), groups * count).reshape(groups, count)
-        if rows.all():
-            columns = used.any(axis=1)
-        else:
-            columns = np.stack([u[r].any(axis=0) for u, r in zip(used, rows, strict=True)])
+        columns = np.stack([_any_along(u, r) for u, r in zip(used, rows, strict=True)])
         wiring = self.wiring(node)
         shape = analysis.layouts.of[node.inputs[wiring.data].name].shape
         axis = wiring.axis_in % len(shape)
@@ -242,19 +285,22 @@ class Linear(Operator):
     def shrink(self, node: gs.Node, cut: Cut) -> None:
         """Slice the weight and the bias; drop groups that are gone."""
         wiring = self.wiring(node)
-        weight = self.weights(node)
-        groups, outputs, inputs = weight.shape[:3]
+        groups, outputs, inputs = self.dims(node)
         source, result = self.channels(node, cut.analysis)
         ins = cut.alive[source].reshape(groups, inputs)
         outs = cut.alive[result].reshape(groups, outputs)
         if ins.all() and outs.all():
             return
-        kept = ins.any(axis=1)
-        parts = [weight[g][outs[g]][:, ins[g]] for g in np.flatnonzero(kept)]
-        new = np.stack(parts) if groups > 1 else parts[0][None]
-        if groups > 1:
-            node.attrs["group"] = int(kept.sum())
-        cut.put(node, wiring.weight, self.from_canonical(node, new))
+        if groups == 1:
+            axis = self.column_axis(node)
+            kept = {axis: ins[0], 1 - axis: outs[0]}
+            cut.slice(node, wiring.weight, {a: m for a, m in kept.items() if not m.all()})
+        else:
+            stay = ins.any(axis=1)
+            weight = self.weights(node)
+            parts = [weight[g][np.ix_(outs[g], ins[g])] for g in np.flatnonzero(stay)]
+            node.attrs["group"] = int(stay.sum())
+            cut.put(node, wiring.weight, self.from_canonical(node, np.stack(parts)))
         if wiring.bias is not None and has_input(node, wiring.bias):
             self.shrink_bias(node, cut, wiring.bias, outs.ravel())
 
@@ -281,7 +327,7 @@ class Linear(Operator):
             return False
         old = constant_input(node, wiring.bias)
         new = shift if old is None else old.astype(np.float64) + shift
-        put(node, wiring.bias, new.astype(node.inputs[wiring.weight].values.dtype))
+        put(node, wiring.bias, new.astype(node.inputs[wiring.weight].dtype))
         return True
 
     def response(self, node: gs.Node, values: np.ndarray) -> np.ndarray:
@@ -298,12 +344,14 @@ class Linear(Operator):
         groups, outputs, inputs = weight.shape[:3]
         values = values.reshape(groups, inputs)
         result = np.zeros((groups, outputs))
+        # In pieces, so that the float64 copies stay small.
+        rows = max(1, _PIECE // max(1, weight[0, 0].size))
         for group, value in enumerate(values):
             columns = np.flatnonzero(value)
-            if columns.size:
-                part = weight[group][:, columns].astype(np.float64)
-                part = part.reshape(outputs, columns.size, -1).sum(axis=2)
-                result[group] = part @ value[columns]
+            for start in range(0, outputs if columns.size else 0, rows):
+                part = weight[group, start : start + rows][:, columns].astype(np.float64)
+                part = part.reshape(len(part), columns.size, -1).sum(axis=2)
+                result[group, start : start + rows] = part @ value[columns]
         return result.ravel() * self.scale(node)
 
     def scale(self, node: gs.Node) -> float:
@@ -319,7 +367,7 @@ class Linear(Operator):
     def set_weights(self, node: gs.Node, weight: np.ndarray, put: Put) -> None:
         """Replace the weights by an array in canonical form, cast to the type they had."""
         index = self.wiring(node).weight
-        dtype = node.inputs[index].values.dtype
+        dtype = node.inputs[index].dtype
         put(node, index, self.from_canonical(node, weight).astype(dtype, copy=False))
 
     def macs(self, node: gs.Node, shapes: dict[str, list[int]]) -> int:
@@ -327,7 +375,7 @@ class Linear(Operator):
         wiring = self.wiring(node)
         output = shapes[node.outputs[0].name]
         positions = int(np.prod(output)) // max(output[wiring.axis_out], 1)
-        return positions * int(node.inputs[wiring.weight].values.size)
+        return positions * int(np.prod(node.inputs[wiring.weight].shape))
 
 
 class Convolution(Linear):
@@ -338,8 +386,7 @@ class Convolution(Linear):
 
     def wiring(self, node: gs.Node) -> Wiring:
         """Input 0 and weight 1, channels on axis 1."""
-        weight = constant_input(node, 1)
-        if weight is None or weight.ndim < 3:
+        if len(constant_shape(node, 1)) < 3:
             raise Unsupported("weight is not an initializer")
         return Wiring(0, 1, 2, int(node.attrs.get("group", 1)), 1, 1)
 
@@ -354,10 +401,10 @@ class Convolution(Linear):
 
     def spread_axes(self, node: gs.Node) -> list[int]:
         """Axes along which the window may reach over the border."""
-        rank = node.inputs[1].values.ndim - 2
+        rank = len(node.inputs[1].shape) - 2
         pads = attr_ints(node, "pads", [0] * 2 * rank)
         auto = node.attrs.get("auto_pad", "NOTSET")
-        kernel = node.inputs[1].values.shape[2:]
+        kernel = node.inputs[1].shape[2:]
         if auto in ("SAME_UPPER", "SAME_LOWER"):
             return [a + 2 for a in range(rank) if kernel[a] > 1]
         if auto == "VALID":
@@ -368,8 +415,8 @@ class Convolution(Linear):
         """The reach of the dilated kernel along a spatial axis."""
         if axis < 2:
             return 1
-        kernel = node.inputs[1].values.shape[axis]
-        dilations = attr_ints(node, "dilations", [1] * (node.inputs[1].values.ndim - 2))
+        kernel = node.inputs[1].shape[axis]
+        dilations = attr_ints(node, "dilations", [1] * (len(node.inputs[1].shape) - 2))
         return int((kernel - 1) * dilations[axis - 2] + 1)
 
 
@@ -381,8 +428,7 @@ class TransposedConvolution(Linear):
 
     def wiring(self, node: gs.Node) -> Wiring:
         """Input 0 and weight 1, channels on axis 1."""
-        weight = constant_input(node, 1)
-        if weight is None or weight.ndim < 3:
+        if len(constant_shape(node, 1)) < 3:
             raise Unsupported("weight is not an initializer")
         return Wiring(0, 1, 2, int(node.attrs.get("group", 1)), 1, 1)
 
@@ -401,11 +447,15 @@ class TransposedConvolution(Linear):
         """One multiply-accumulate per weight and *input* position."""
         source = shapes[node.inputs[0].name]
         positions = int(np.prod(source)) // max(source[1], 1)
-        return positions * int(node.inputs[1].values.size)
+        return positions * int(np.prod(node.inputs[1].shape))
+
+    def column_axis(self, node: gs.Node) -> int:
+        """Inputs come first."""
+        return 0
 
     def spread_axes(self, node: gs.Node) -> list[int]:
         """Each output position sees another part of the kernel."""
-        return list(range(2, node.inputs[1].values.ndim))
+        return list(range(2, len(node.inputs[1].shape)))
 
 
 class Gemm(Linear):
@@ -416,8 +466,7 @@ class Gemm(Linear):
 
     def wiring(self, node: gs.Node) -> Wiring:
         """A on input 0, B on input 1."""
-        weight = constant_input(node, 1)
-        if weight is None or weight.ndim != 2:
+        if len(constant_shape(node, 1)) != 2:
             raise Unsupported("B is not an initializer")
         return Wiring(0, 1, 2, 1, 0 if node.attrs.get("transA", 0) else 1, 1)
 
@@ -428,6 +477,10 @@ class Gemm(Linear):
     def from_canonical(self, node: gs.Node, weight: np.ndarray) -> np.ndarray:
         """Inverse."""
         return weight[0] if node.attrs.get("transB", 0) else weight[0].T
+
+    def column_axis(self, node: gs.Node) -> int:
+        """The axis that is contracted."""
+        return 1 if node.attrs.get("transB", 0) else 0
 
     def shrink_bias(self, node: gs.Node, cut: Cut, index: int, keep: np.ndarray) -> None:
         """Slice C along its last axis unless it is broadcast there."""
@@ -441,7 +494,7 @@ class Gemm(Linear):
         old = constant_input(node, 2)
         if old is None or beta == 0:
             node.attrs["beta"] = 1.0
-            put(node, 2, shift.astype(node.inputs[1].values.dtype))
+            put(node, 2, shift.astype(node.inputs[1].dtype))
         else:
             put(node, 2, (old.astype(np.float64) + shift / beta).astype(old.dtype))
         return True
@@ -463,7 +516,7 @@ class MatMul(Linear):
             matrix = node.inputs[weight]
             other = node.inputs[data]
             if isinstance(matrix, gs.Constant) and not isinstance(other, gs.Constant):
-                if matrix.values.ndim != 2 or other.shape is None or len(other.shape) < 2:
+                if len(matrix.shape) != 2 or other.shape is None or len(other.shape) < 2:
                     break
                 return Wiring(data, weight, None, 1, axis, axis)
         raise Unsupported("no operand is a constant matrix")
@@ -476,12 +529,16 @@ class MatMul(Linear):
         """Inverse."""
         return weight[0].T if self.wiring(node).weight == 1 else weight[0]
 
+    def column_axis(self, node: gs.Node) -> int:
+        """The axis that is contracted."""
+        return 0 if self.wiring(node).weight == 1 else 1
+
     def layout(self, node: gs.Node, layouts: Layouts) -> None:
         """As any linear operator, with the axes counted from the end."""
         wiring = self.wiring(node)
         source = layouts(node.inputs[wiring.data])
         shape = layouts.shape(node.inputs[wiring.data])
-        _, outputs, inputs = self.weights(node).shape
+        _, outputs, inputs = self.dims(node)
         if shape[wiring.axis_in] != inputs:
             raise Unsupported("number of input channels is not known to match the weight")
         axis = wiring.axis_in % source.ndim
@@ -495,4 +552,14 @@ class MatMul(Linear):
 
 def _any_used(used: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """For each group and output, whether it uses one of the columns (bool ``[groups, inputs]``)."""
-    return np.stack([u[:, c].any(axis=1) for u, c in zip(used, columns, strict=True)])
+    return np.stack([_any_along(u.T, c) for u, c in zip(used, columns, strict=True)])
+
+
+def _any_along(array: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """``array[mask].any(axis=0)`` for a boolean matrix, looking at a few rows first."""
+    rows = np.flatnonzero(mask)
+    found: np.ndarray = array[rows[:_FIRST]].any(axis=0)
+    if rows.size > _FIRST and not found.all():
+        rest = np.flatnonzero(~found)
+        found[rest] = array[np.ix_(rows[_FIRST:], rest)].any(axis=0)
+    return found
