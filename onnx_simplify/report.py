@@ -193,7 +193,7 @@ def add_findings(found: Sequence[Layer], analysis: Analysis) -> None:
         analysis: an analysis of the same model; levels need not have been computed.
     """
     by_name = {layer.name: layer for layer in found}
-    alive = analysis.alive(analysis.need())
+    alive = analysis.alive(analysis.needed)
     for node, _ in _weighted(analysis.model):
         layer = by_name.get(label(node))
         result = node.outputs[0].name

@@ -9,6 +9,7 @@ place of scalars; the rules of each operator are in :mod:`onnx_simplify.channels
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -69,6 +70,11 @@ class Analysis:
     def is_opaque(self, node: gs.Node) -> bool:
         """Whether no rule applies to the node."""
         return self.rule[id(node)] is OPAQUE
+
+    @cached_property
+    def needed(self) -> dict[str, np.ndarray]:
+        """Which positions some live output depends on, by tensor name, as the graph stands."""
+        return self.need()
 
     def has(self, tensor: gs.Tensor) -> bool:
         """Whether the tensor is a variable whose channels are followed."""

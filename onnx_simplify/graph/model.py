@@ -22,6 +22,7 @@ from google.protobuf.message import DecodeError
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 from onnx_graphsurgeon.ir.tensor import LazyValues
+from onnx_graphsurgeon.logger import G_LOGGER
 
 from onnx_simplify.errors import ModelError, first_line
 from onnx_simplify.graph.wire import split_raw_data
@@ -34,6 +35,10 @@ INLINE_BYTES = 1024
 MESSAGE_LIMIT = 2**31 - 2**24
 
 
+# It warns of types without a numpy equivalent, which are handled here.
+G_LOGGER.severity = G_LOGGER.ERROR
+
+
 class Model:
     """A model under transformation.
 
@@ -44,6 +49,8 @@ class Model:
             override them at run time, so they are plain inputs to the analysis.
         kept_names: tensors that must survive: graph outputs and outer values used in subgraphs.
         pinned: tensors whose channels must stay, see :meth:`pin`.
+        mapped: files mapped into memory that weights are views of.
+        stand_in: run a float32 version of the model, see :mod:`onnx_simplify.runtime.widen`.
     """
 
     def __init__(self, proto: ModelProto, arrays: dict[str, np.ndarray]):
@@ -100,6 +107,7 @@ class Model:
         self.kept_names = frozenset(captured | {t.name for t in self.graph.outputs})
         self.pinned: set[str] = set()
         self.mapped: list[mmap.mmap] = []
+        self.stand_in = False
 
     @property
     def opset(self) -> int:
@@ -180,6 +188,7 @@ class Model:
         other = Model(proto, arrays)
         other.pinned = set(self.pinned)
         other.mapped = self.mapped
+        other.stand_in = self.stand_in
         return other
 
     def structure(
@@ -297,13 +306,13 @@ def load(source: ModelSource) -> Model:
             data = _map_file(path)
         if len(data) == 0:
             raise ModelError(f"{label} is empty: not an ONNX model")
-        skeleton, spans = split_raw_data(memoryview(data), INLINE_BYTES)
+        buffer = np.frombuffer(data, np.uint8)
+        skeleton, spans = split_raw_data(buffer.data, INLINE_BYTES)
         proto = ModelProto()
         try:
             proto.ParseFromString(skeleton)
         except DecodeError as error:
             raise ModelError(f"{label} is not an ONNX model (cannot be decoded)") from error
-        buffer = np.frombuffer(data, np.uint8)
         for index, (start, stop) in spans.items():
             tensor = proto.graph.initializer[index]
             arrays[tensor.name] = _view(tensor, buffer[start:stop])
@@ -604,7 +613,12 @@ def _check(proto: ModelProto) -> None:
     for tensor in stripped.graph.initializer:
         if not any(f.name.endswith("_data") for f, _ in tensor.ListFields()):
             tensor.data_location = TensorProto.EXTERNAL
+    stripped = headless(stripped)
+    for info in (*stripped.graph.input, *stripped.graph.output):
+        # The checker insists on shapes, which nobody needs.
+        if info.type.HasField("tensor_type"):
+            info.type.tensor_type.shape.SetInParent()
     try:
-        onnx.checker.check_model(headless(stripped))
+        onnx.checker.check_model(stripped)
     except Exception as error:
         raise ModelError(f"not a valid ONNX model: {first_line(error)}") from error

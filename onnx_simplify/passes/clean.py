@@ -7,6 +7,8 @@ and nodes nobody uses are dropped.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import onnx_graphsurgeon as gs
 
@@ -132,7 +134,7 @@ def fold_constants(model: Model) -> None:
     remove_nodes(model, dead)
 
 
-def _foldable(node: gs.Node, kept: set[str]) -> bool:
+def _foldable(node: gs.Node, kept: Collection[str]) -> bool:
     return (
         not node.domain
         and node.op not in _NOT_FOLDED

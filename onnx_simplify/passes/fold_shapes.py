@@ -111,9 +111,9 @@ def _evaluate(node: gs.Node, known: dict[str, np.ndarray]) -> np.ndarray | None:
         if any(p is None or p.ndim != 1 for p in parts):
             return None
         return np.concatenate(parts)  # type: ignore[arg-type]
-    values = known.get(node.inputs[0].name)
-    if values is None:
+    if node.inputs[0].name not in known:
         return None
+    values = known[node.inputs[0].name]
     if node.op == "Identity":
         return values
     if node.op == "Gather":

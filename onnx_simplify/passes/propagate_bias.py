@@ -3,6 +3,7 @@
 A channel that does not depend on the input still costs full price.  Its readers absorb it:
 
     operand of an elementwise operator, all constant   replaced by an initializer
+    output of the graph, all constant                  replaced by an expanded initializer
     W x, no padding, channel k = v                      b += v * sum(W[:, k]);        W[:, k] = 0
     W x, padding, channels k = v_k                      W[:, r] += v_k/v_r * W[:, k]; W[:, k] = 0
                                                         (channel r stays and stands for all others)
@@ -24,9 +25,10 @@ from onnx_simplify.channels.analysis import Analysis
 from onnx_simplify.channels.operators.elementwise import Elementwise
 from onnx_simplify.channels.operators.linear import Linear
 from onnx_simplify.channels.values import VARYING
-from onnx_simplify.graph.edit import Editor, drop_unused
+from onnx_simplify.graph.edit import Editor, label
 from onnx_simplify.graph.model import Model
 from onnx_simplify.graph.shapes import Dim
+from onnx_simplify.passes.clean import clean
 from onnx_simplify.passes.regroup_shuffles import regroup_shuffles
 from onnx_simplify.planning.planner import Planner
 from onnx_simplify.runtime.inputs import Feeds
@@ -57,9 +59,11 @@ def propagate_bias(
     analysis = _measured(model, runs)
     if observe is not None:
         observe(analysis)
-    if not only_zeros and _store_constant_operands(analysis):
-        drop_unused(model)
-        analysis = _measured(model, runs)
+    if not only_zeros:
+        stored = _store_constant_operands(analysis)
+        if _store_constant_results(analysis) or stored:
+            clean(model)
+            analysis = _measured(model, runs)
     readers = _readers(analysis, only_zeros)
     alive = _alive_after(analysis, readers)
     if regroup_shuffles(analysis, alive):
@@ -79,7 +83,7 @@ def _measured(model: Model, runs: Sequence[Feeds]) -> Analysis:
 def _store_constant_operands(analysis: Analysis) -> bool:
     """Replace operands of elementwise nodes that are constant altogether by initializers."""
     model = analysis.model
-    need = analysis.need()
+    need = analysis.needed
     changed = False
     for node in model.graph.nodes:
         rule = analysis.rule[id(node)]
@@ -101,6 +105,75 @@ def _store_constant_operands(analysis: Analysis) -> bool:
             operands = others
             changed = True
     return changed
+
+
+def _store_constant_results(analysis: Analysis) -> bool:
+    """Compute tensors that must exist, but are constant altogether, from their constants alone.
+
+    Those are graph outputs and inputs of operators that are not understood.
+    """
+    model = analysis.model
+    editor = Editor(model, analysis.layouts.readers)
+    kept = {t.name for t in model.graph.outputs}
+    changed = False
+    for node in model.graph.nodes:
+        for index, result in enumerate(node.outputs):
+            if not analysis.has(result) or not (analysis.level[result.name] > VARYING).all():
+                continue
+            users = editor.readers.get(result.name, [])
+            if result.name not in kept and not any(analysis.is_opaque(u) for u, _ in users):
+                continue
+            values = _stored(analysis, result, np.ones(analysis.level[result.name].shape, bool))
+            shape = _shape_nodes(analysis, result)
+            if values is None or shape is None:
+                continue
+            constant = model.constant(f"{result.name}_constant", values.astype(result.dtype))
+            name = model.unique(f"{label(node)}_expand")
+            node.outputs[index] = gs.Variable(model.unique(f"{result.name}_unused"))
+            expand = gs.Node("Expand", name, inputs=[constant, shape[0]], outputs=[result])
+            for new in (*shape[1], expand):
+                editor.after(node, new)
+            changed = True
+    editor.finish()
+    return changed
+
+
+def _shape_nodes(
+    analysis: Analysis, tensor: gs.Tensor
+) -> tuple[gs.Tensor, list[gs.Node]] | None:
+    """A tensor's shape as a vector, and what computes it from the graph's inputs.
+
+    None if a size is not one of an input.
+    """
+    model = analysis.model
+    dims = analysis.shape(tensor)
+    if all(isinstance(d, int) for d in dims):
+        return model.constant(f"{tensor.name}_shape", np.array(dims, np.int64)), []
+    nodes: list[gs.Node] = []
+    parts: list[gs.Tensor] = []
+
+    def add(op: str, inputs: list[gs.Tensor], **attrs: int) -> gs.Tensor:
+        output = gs.Variable(model.unique(f"{tensor.name}_size"), np.int64)
+        name = model.unique(f"{tensor.name}_{op}")
+        nodes.append(gs.Node(op, name, attrs, inputs, [output]))
+        return output
+
+    for dim in dims:
+        if isinstance(dim, int):
+            parts.append(model.constant(f"{tensor.name}_size", np.array([dim], np.int64)))
+            continue
+        places = [
+            (source, axis)
+            for source in model.graph.inputs
+            for axis, size in enumerate(source.shape or [])
+            if size == dim
+        ]
+        if not places:
+            return None
+        source, axis = places[0]
+        index = model.constant(f"{tensor.name}_axis", np.array([axis], np.int64))
+        parts.append(add("Gather", [add("Shape", [source]), index], axis=0))
+    return add("Concat", parts, axis=0), nodes
 
 
 def _stored(analysis: Analysis, tensor: gs.Tensor, need: np.ndarray) -> np.ndarray | None:

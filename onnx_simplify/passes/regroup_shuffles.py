@@ -12,6 +12,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.analysis import Analysis
+from onnx_simplify.channels.operators.structural import Reshape, Structural
 from onnx_simplify.graph.edit import drop_unused, label, set_nodes
 from onnx_simplify.graph.shapes import matching_blocks
 
@@ -67,7 +68,7 @@ def _chain(
     while nodes and nodes[-1].op != "Reshape":
         nodes.pop()
     known = all(
-        analysis.has(t) and id(n) not in analysis.layouts.opaque
+        analysis.has(t) and not analysis.is_opaque(n)
         for n in nodes
         for t in (n.inputs[0], n.outputs[0])
     )
@@ -89,13 +90,19 @@ def _permutation(analysis: Analysis, chain: list[gs.Node]) -> tuple[int, np.ndar
         return None
     array = np.arange(layout.size).reshape(layout.shape)
     for node in chain:
-        array = analysis.rule[id(node)].move(node, analysis.layouts, [array])[0]
+        array = _rule(analysis, node).move(node, analysis.layouts, [array])[0]
     if array.shape != layout.shape:
         return None
     # Untracked axes must have come through in their places.
     if not _untracked_axes_stay(analysis, chain, tracked[0]):
         return None
     return tracked[0], array.ravel()
+
+
+def _rule(analysis: Analysis, node: gs.Node) -> Structural:
+    rule = analysis.rule[id(node)]
+    assert isinstance(rule, Structural)
+    return rule
 
 
 def _untracked_axes_stay(analysis: Analysis, chain: list[gs.Node], axis: int) -> bool:
@@ -106,7 +113,8 @@ def _untracked_axes_stay(analysis: Analysis, chain: list[gs.Node], axis: int) ->
             perm = node.attrs.get("perm", list(range(len(order)))[::-1])
             order = [order[p] for p in perm]
             continue
-        rule = analysis.rule[id(node)]
+        rule = _rule(analysis, node)
+        assert isinstance(rule, Reshape)
         source = analysis.shape(node.inputs[0])
         blocks = matching_blocks(source, rule.target(node, analysis.layouts))
         new: list[object] = []

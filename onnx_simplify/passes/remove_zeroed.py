@@ -24,9 +24,9 @@ def remove_zeroed(model: Model, planner: Planner) -> None:
         planner: decides which dead channels stay because the rest runs faster with them.
     """
     analysis = Analysis(model)
-    alive = analysis.alive(analysis.need())
+    alive = analysis.alive(analysis.needed)
     if regroup_shuffles(analysis, alive):
         analysis = Analysis(model)
-        alive = analysis.alive(analysis.need())
+        alive = analysis.alive(analysis.needed)
     alive = analysis.close(alive, planner.keep_for_alignment)
     Cut(analysis, alive).apply()

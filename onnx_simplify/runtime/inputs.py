@@ -152,6 +152,7 @@ def make_feeds(
     bounds = _index_bounds(model)
     for spec in specs:
         shape = [sizes[d] if isinstance(d, str) else d for d in spec.dims]
+        values: np.ndarray
         if spec.dtype.kind in "iu":
             high = bounds.get(spec.name, 2 if spec.dtype.itemsize > 1 else 128)
             values = random.integers(0, max(high, 1), shape)

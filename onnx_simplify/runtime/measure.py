@@ -17,13 +17,23 @@ _CHUNK = 1 << 28
 
 
 def wanted(analysis: Analysis) -> list[gs.Tensor]:
-    """The tensors whose constant values decide something."""
+    """The tensors whose constant values decide something.
+
+    Operators say which of their inputs these are; tensors that must exist in any case are added
+    where they are constant altogether.
+    """
     found: dict[str, gs.Tensor] = {}
+    required = list(analysis.model.graph.outputs)
     for node in analysis.model.graph.nodes:
+        if analysis.is_opaque(node):
+            required += node.inputs
         for index in analysis.rule[id(node)].wants_values(node, analysis):
             tensor = node.inputs[index]
             if analysis.has(tensor) and (analysis.level[tensor.name] > VARYING).any():
                 found[tensor.name] = tensor
+    for tensor in required:
+        if analysis.has(tensor) and (analysis.level[tensor.name] > VARYING).all():
+            found[tensor.name] = tensor
     return list(found.values())
 
 

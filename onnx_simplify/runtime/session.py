@@ -11,6 +11,7 @@ import onnxruntime as ort
 from onnx import ModelProto
 
 from onnx_simplify.graph.model import Model, headless
+from onnx_simplify.runtime.widen import as_float32, widen
 
 PROVIDERS = ["CPUExecutionProvider"]
 
@@ -38,6 +39,10 @@ class Session:
         """
         proto, constants = model.structure(extra_outputs)
         large = {name: tensor.values for name, tensor in constants.items()}
+        self._stand_in = model.stand_in
+        if self._stand_in:
+            widen(proto)
+            large = {name: as_float32(values) for name, values in large.items()}
         self.output_names = [o.name for o in proto.graph.output]
         self._weights: dict[str, np.ndarray] = {}
         if not optimize and all(a.dtype.kind in "fiub" for a in large.values()):
@@ -62,7 +67,10 @@ class Session:
         self, feeds: dict[str, np.ndarray], outputs: Sequence[str] | None = None
     ) -> list[np.ndarray]:
         """Run once and return the outputs (all, or those named)."""
-        return self._raw.run(outputs, {**self._weights, **feeds})
+        if self._stand_in:
+            feeds = {name: as_float32(values) for name, values in feeds.items()}
+        found: list[np.ndarray] = self._raw.run(outputs, {**self._weights, **feeds})
+        return found
 
 
 def session_options(*, threads: int = 0, optimize: bool = True) -> ort.SessionOptions:

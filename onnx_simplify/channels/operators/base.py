@@ -159,9 +159,9 @@ def is_static(shape: list[Dim], axes: list[int] | range) -> bool:
 def reduce_to(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Combine a mask with `or` over the axes along which an operand of ``shape`` is broadcast."""
     lead = mask.ndim - len(shape)
-    mask = mask.any(axis=tuple(range(lead))) if lead > 0 else mask
+    mask = np.asarray(mask.any(axis=tuple(range(lead)))) if lead > 0 else mask
     axes = tuple(a for a, s in enumerate(shape) if s == 1 and mask.shape[a] > 1)
-    mask = mask.any(axis=axes, keepdims=True) if axes else mask
+    mask = np.asarray(mask.any(axis=axes, keepdims=True)) if axes else mask
     return np.broadcast_to(mask, shape)
 
 

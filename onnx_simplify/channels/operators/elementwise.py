@@ -10,6 +10,7 @@ import onnx_graphsurgeon as gs
 from onnx_simplify.channels.layouts import Layouts, Unsupported
 from onnx_simplify.channels.operators.base import Masks, Operator, constant_input, min_to, reduce_to
 from onnx_simplify.channels.values import MAP, UNIFORM, VARYING
+from onnx_simplify.graph.shapes import Dim
 
 if TYPE_CHECKING:
     from onnx_simplify.channels.analysis import Analysis
@@ -31,27 +32,29 @@ class Elementwise(Operator):
         """Equate the operands' ids where neither is broadcast."""
         output = node.outputs[0]
         rank = len(layouts.shape(output))
-        operands = []
+        operands: list[tuple[np.ndarray, list[Dim]]] = []
         for tensor in node.inputs:
             if tensor.name and not isinstance(tensor, gs.Constant):
                 layout = layouts(tensor)
-                pad = [1] * (rank - layout.ndim)
-                operands.append((layout.reshape(pad + list(layout.shape)),
-                                 pad + layouts.shape(tensor)))
+                lead = rank - layout.ndim
+                shape: list[Dim] = [1] * lead
+                aligned = layout.reshape((1,) * lead + layout.shape)
+                operands.append((aligned, shape + layouts.shape(tensor)))
         if not operands:
             raise Unsupported("all operands are constant")
         tracked = [max(lay.shape[a] for lay, _ in operands) for a in range(rank)]
         for tensor in node.inputs:
             if tensor.name:
-                shape = [1] * (rank - len(layouts.shape(tensor))) + layouts.shape(tensor)
+                shape = [1] * (rank - len(layouts.shape(tensor)))
+                shape += layouts.shape(tensor)
                 for axis, size in enumerate(tracked):
                     if size > 1 and shape[axis] not in (1, size):
                         raise Unsupported(f"'{tensor.name}' broadcasts in a way not known before")
-        joined = []
-        free = []
-        for layout, shape in operands:
-            equal = all(shape[a] == s for a, s in enumerate(tracked) if s > 1)
-            (joined if equal or layout.size > 1 else free).append(layout)
+        joined = [
+            layout
+            for layout, shape in operands
+            if layout.size > 1 or all(shape[a] == s for a, s in enumerate(tracked) if s > 1)
+        ]
         if not joined:
             layouts.set(output, layouts.untracked(output))
             return
@@ -111,8 +114,9 @@ class Elementwise(Operator):
         wanted = []
         for index, tensor in enumerate(node.inputs):
             if analysis.has(tensor):
-                level = analysis.level[tensor.name]
-                if (level > VARYING).all() or (node.op == "Mul" and (level > VARYING).any()):
+                constant = analysis.level[tensor.name] > VARYING
+                whole = (constant | ~analysis.needed[tensor.name]).all()
+                if whole or (node.op == "Mul" and constant.any()):
                     wanted.append(index)
         return wanted
 
@@ -197,7 +201,7 @@ class InstanceNormalization(ChannelAffine):
         source = node.inputs[0]
         zero = analysis.zero(source, analysis.layouts.of[source.name].shape)
         axes = tuple(a for a, s in enumerate(level.shape) if s == 1)
-        zero = zero.all(axis=axes, keepdims=True)
+        zero = np.asarray(zero.all(axis=axes, keepdims=True))
         worst = MAP if all(isinstance(s, int) for s in analysis.shape(source)[2:]) else VARYING
         return np.where(zero & (level > VARYING), level, np.minimum(level, worst))
 

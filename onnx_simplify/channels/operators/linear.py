@@ -218,13 +218,13 @@ class Linear(Operator):
             worst = MAP if self.is_static(node, analysis) else VARYING
             level = np.where(zero, UNIFORM, np.minimum(level, worst))
         level = level.reshape(groups, inputs)
-        result = np.full((groups, outputs), UNIFORM, np.int8)
+        weakest = np.full((groups, outputs), UNIFORM, np.int8)
         for limit in (UNIFORM, MAP):
             below = level < limit
             if below.any():
                 hit = _any_used(used, below)
-                result[hit] = np.minimum(result[hit], limit - 1)
-        result = result.ravel()
+                weakest[hit] = np.minimum(weakest[hit], limit - 1)
+        result = weakest.ravel()
         bias = self._bias(node)
         if bias is not None:
             finite = np.isfinite(bias)
@@ -251,7 +251,7 @@ class Linear(Operator):
         wiring = self.wiring(node)
         shape = analysis.layouts.of[node.inputs[wiring.data].name].shape
         axis = wiring.axis_in % len(shape)
-        mask = columns.ravel() if shape[axis] > 1 else columns.any(keepdims=True).ravel()
+        mask = columns.ravel() if shape[axis] > 1 else np.array([columns.any()])
         mask = mask.reshape([-1 if a == axis else 1 for a in range(len(shape))])
         found: Masks = [None] * len(node.inputs)
         found[wiring.data] = np.broadcast_to(mask, shape)
@@ -558,7 +558,7 @@ def _any_used(used: np.ndarray, columns: np.ndarray) -> np.ndarray:
 def _any_along(array: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """``array[mask].any(axis=0)`` for a boolean matrix, looking at a few rows first."""
     rows = np.flatnonzero(mask)
-    found: np.ndarray = array[rows[:_FIRST]].any(axis=0)
+    found = np.asarray(array[rows[:_FIRST]].any(axis=0))
     if rows.size > _FIRST and not found.all():
         rest = np.flatnonzero(~found)
         found[rest] = array[np.ix_(rows[_FIRST:], rest)].any(axis=0)

@@ -199,7 +199,8 @@ class Pad(Operator):
             level = np.where(same, level, np.minimum(level, MAP if static else VARYING))
         if level.shape != shape and amounts is not None:
             width = [p if s > 1 else (0, 0) for p, s in zip(amounts, level.shape, strict=True)]
-            level = np.pad(level, width, constant_values=VARYING)
+            known = not has_input(node, 2) or constant_input(node, 2) is not None
+            level = np.pad(level, width, constant_values=UNIFORM if known else VARYING)
         return [level]
 
     def need(self, node: gs.Node, analysis: Analysis, outputs: Masks) -> Masks:

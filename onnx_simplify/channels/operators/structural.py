@@ -20,6 +20,7 @@ from onnx_simplify.channels.operators.base import (
     constant_input,
     constant_ints,
     min_to,
+    reduce_to,
 )
 from onnx_simplify.channels.values import MAP, UNIFORM, VARYING
 from onnx_simplify.graph.shapes import Dim, matching_blocks, resolve
@@ -129,11 +130,9 @@ class Reshape(Structural):
     def target(self, node: gs.Node, layouts: Layouts) -> list[Dim]:
         """The output's symbolic shape."""
         source = layouts.shape(node.inputs[0])
-        request = constant_input(node, 1) if node.op == "Reshape" else None
-        if request is not None and not node.attrs.get("allowzero", 0):
-            request = [int(v) for v in request]
-        else:
-            request = None
+        values = constant_input(node, 1) if node.op == "Reshape" else None
+        known = values is not None and not node.attrs.get("allowzero", 0)
+        request = [int(v) for v in values] if values is not None and known else None
         return resolve(source, layouts.shape(node.outputs[0]), request)
 
     def move(self, node: gs.Node, layouts: Layouts, arrays: list[np.ndarray]) -> list[np.ndarray]:
@@ -318,17 +317,7 @@ class Concat(Structural):
             return super().need(node, analysis, outputs)
         wanted = outputs[0]
         assert wanted is not None
-        return [
-            wanted.any(
-                axis=tuple(
-                    a
-                    for a, s in enumerate(analysis.layouts.of[t.name].shape)
-                    if s == 1 and wanted.shape[a] > 1
-                ),
-                keepdims=True,
-            )
-            for t in node.inputs
-        ]
+        return [reduce_to(wanted, analysis.layouts.of[t.name].shape) for t in node.inputs]
 
     def shrink(self, node: gs.Node, cut: Cut) -> None:
         """Leave out inputs without channels."""
@@ -565,7 +554,7 @@ class DepthToSpace(Operator):
         assert wanted is not None
         shape = analysis.layouts.of[node.inputs[0].name].shape
         if int(np.prod(shape)) == 1:
-            return [wanted.any().reshape(shape)]
+            return [np.asarray(wanted.any()).reshape(shape)]
         count = int(node.attrs["blocksize"]) ** 2
         flat = np.broadcast_to(wanted.ravel(), shape[1] // count)
         if node.attrs.get("mode", "DCR") == "CRD":

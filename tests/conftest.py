@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import pytest
+from build import small_cnn
+from onnx import ModelProto
+
+from onnx_simplify.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Result:
+    """What a run of the command line did."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def sample() -> Path:
+    """The pruned model that ships with the repository."""
+    return ROOT / "scripts" / "sample" / "pruned_residual_cnn.onnx"
+
+
+@pytest.fixture
+def sample_model(sample: Path) -> ModelProto:
+    return onnx.load(sample)
+
+
+@pytest.fixture
+def model() -> ModelProto:
+    """A plain network with half of its filters pruned."""
+    return small_cnn().model()
+
+
+@pytest.fixture
+def path(model: ModelProto, tmp_path: Path) -> Path:
+    """The same network in a file, alone in its folder."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    onnx.save(model, folder / "in.onnx")
+    return folder / "in.onnx"
+
+
+@pytest.fixture
+def cli(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Result]:
+    """Run the command line in this process; its output is 120 columns wide."""
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.delenv("ONNX_SIMPLIFY_DEBUG", raising=False)
+
+    def run(*arguments: object) -> Result:
+        capsys.readouterr()
+        try:
+            code = main([str(a) for a in arguments])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return Result(code, out, err)
+
+    return run

@@ -1,0 +1,742 @@
+"""Bad input: one line, the right exit code, and no file touched."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from build import initializer, node, random_feeds, run, set_initializer, small_cnn
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+import onnx_simplify
+from onnx_simplify.errors import ModelError
+from onnx_simplify.graph import store
+
+Snapshot = dict[str, bytes | None]
+
+
+def snapshot(folder: Path) -> Snapshot:
+    """Everything below a folder: contents of files, None for folders."""
+    return {
+        str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
+        for p in folder.rglob("*")
+    }
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with a valid model and an older result."""
+    (tmp_path / "in.onnx").write_bytes(small_cnn().model().SerializeToString())
+    (tmp_path / "out.onnx").write_bytes(b"sentinel")
+    return tmp_path
+
+
+@pytest.fixture
+def refuses(cli, folder: Path) -> Callable[..., str]:
+    """Run the command line, which must complain in one line and touch nothing."""
+
+    def check(*arguments: object, code: int = 2) -> str:
+        before = snapshot(folder)
+        result = cli(*arguments)
+        assert result.code == code, result.err
+        assert result.out == ""
+        assert result.err.startswith("onnx-simplify: ")
+        assert result.err.endswith("\n") and result.err.count("\n") == 1
+        for sign in ("internal error", "Traceback", "Error:", "<class", "/onnxruntime_src/"):
+            assert sign not in result.err
+        assert snapshot(folder) == before
+        return result.err
+
+    return check
+
+
+# Files that are no models.
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\n",
+        b"A text, and no model.\n" * 40,
+        b'{"a": [1, 2, 3]}',
+        b"\x89PNG\r\n\x1a\n" + bytes(200),
+        b"PK\x03\x04" + bytes(200),
+        bytes(1000),
+        b"\xff" * 1000,
+        numpy_helper.from_array(np.zeros(5), "t").SerializeToString(),
+        small_cnn().model().graph.SerializeToString(),
+    ],
+    ids="empty newline text json png zip zeros ones tensor graph".split(),
+)
+def test_other_files(refuses, folder, content):
+    (folder / "in.onnx").write_bytes(content)
+    refuses(folder / "in.onnx", folder / "out.onnx")
+    refuses(folder / "in.onnx", folder / "out.onnx", "--no-verify")
+    refuses(folder / "in.onnx", "--inspect")
+
+
+@pytest.mark.parametrize("size", [1, 30, 3000])
+@pytest.mark.parametrize("seed", range(5))
+def test_random_bytes(refuses, folder, seed, size):
+    (folder / "in.onnx").write_bytes(np.random.default_rng(seed).bytes(size))
+    refuses(folder / "in.onnx", folder / "out.onnx")
+
+
+def test_missing_file(refuses, folder):
+    assert "missing.onnx" in refuses(folder / "missing.onnx", folder / "out.onnx")
+    refuses(folder / "missing.onnx", "--inspect")
+    refuses("", folder / "out.onnx")
+
+
+def test_file_in_a_missing_folder(refuses, folder):
+    refuses(folder / "no" / "in.onnx", folder / "out.onnx")
+    refuses(folder / "in.onnx" / "in.onnx", folder / "out.onnx")
+
+
+def test_folder(refuses, folder):
+    (folder / "sub").mkdir()
+    assert "folder" in refuses(folder / "sub", folder / "out.onnx")
+    refuses(folder, folder / "out.onnx")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_pipe(cli, folder):
+    os.mkfifo(folder / "pipe")
+    result = cli(folder / "pipe", folder / "out.onnx")
+    assert result.code == 2 and result.err.count("\n") == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read it")
+def test_unreadable_file(refuses, folder):
+    (folder / "secret.onnx").write_bytes((folder / "in.onnx").read_bytes())
+    (folder / "secret.onnx").chmod(0)
+    result = refuses
+    (folder / "in.onnx").chmod(0)
+    try:
+        assert "Permission denied" in result(folder / "secret.onnx", folder / "out.onnx")
+    finally:
+        (folder / "secret.onnx").chmod(0o600)
+
+
+@pytest.mark.parametrize("share", np.linspace(0, 1, 40, endpoint=False))
+def test_truncated(refuses, folder, sample, share):
+    data = sample.read_bytes()
+    (folder / "in.onnx").write_bytes(data[: 1 + int(share * (len(data) - 1))])
+    refuses(folder / "in.onnx", folder / "out.onnx")
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3, 5, 8, 13, 21, 34])
+def test_truncated_at_the_very_end(refuses, folder, cut):
+    data = (folder / "in.onnx").read_bytes()
+    (folder / "in.onnx").write_bytes(data[:-cut])
+    refuses(folder / "in.onnx", folder / "out.onnx")
+
+
+@pytest.mark.parametrize("kind", ["flip", "set", "delete", "insert"])
+def test_corrupted(cli, folder, kind):
+    """Whatever happens to single bytes: a verified result or one line."""
+    data = small_cnn(widths=(4, 6), classes=3).model().SerializeToString()
+    out = folder / "out.onnx"
+    refused = 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        bytes_ = bytearray(data)
+        at = int(rng.integers(len(bytes_)))
+        if kind == "flip":
+            bytes_[at] ^= 1 << int(rng.integers(8))
+        elif kind == "set":
+            bytes_[at] = int(rng.integers(256))
+        elif kind == "delete":
+            del bytes_[at : at + int(rng.integers(1, 6))]
+        else:
+            bytes_[at:at] = rng.bytes(int(rng.integers(1, 5)))
+        (folder / "in.onnx").write_bytes(bytes_)
+        out.write_bytes(b"sentinel")
+        result = cli(folder / "in.onnx", out)
+        assert result.code in (0, 2, 3), (seed, result)
+        assert result.err.count("\n") == (1 if result.code else 0), (seed, result)
+        assert "internal error" not in result.err, (seed, result)
+        assert (out.read_bytes() == b"sentinel") == bool(result.code), (seed, result)
+        assert sorted(snapshot(folder)) == ["in.onnx", "out.onnx"]
+        refused += bool(result.code)
+    assert refused > 20
+
+
+# Messages that are no valid models.
+
+
+def _cycle(model: ModelProto) -> None:
+    node(model, "conv1").input[0] = "relu2.out"
+
+
+def _cycle_of_one(model: ModelProto) -> None:
+    node(model, "relu1").input[0] = "relu1.out"
+
+
+def _missing_tensor(model: ModelProto) -> None:
+    node(model, "conv2").input[0] = "nowhere"
+
+
+def _missing_weight(model: ModelProto) -> None:
+    node(model, "conv2").input[1] = "nowhere"
+
+
+def _missing_output(model: ModelProto) -> None:
+    model.graph.output[0].name = "nowhere"
+
+
+def _duplicate_outputs(model: ModelProto) -> None:
+    node(model, "conv2").output[0] = "conv1.out"
+
+
+def _duplicate_of_input(model: ModelProto) -> None:
+    node(model, "relu1").output[0] = "image"
+
+
+def _duplicate_of_initializer(model: ModelProto) -> None:
+    node(model, "conv1").output[0] = "conv2.weight"
+
+
+def _duplicate_initializers(model: ModelProto) -> None:
+    model.graph.initializer.append(model.graph.initializer[0])
+
+
+def _duplicate_inputs(model: ModelProto) -> None:
+    model.graph.input.append(model.graph.input[0])
+
+
+def _future_opset(model: ModelProto) -> None:
+    model.opset_import[0].version = 9999
+
+
+def _opset_zero(model: ModelProto) -> None:
+    model.opset_import[0].version = 0
+
+
+def _negative_opset(model: ModelProto) -> None:
+    model.opset_import[0].version = -1
+
+
+def _no_opset(model: ModelProto) -> None:
+    model.ClearField("opset_import")
+
+
+def _no_default_opset(model: ModelProto) -> None:
+    model.opset_import[0].domain = "acme"
+
+
+def _unknown_operator(model: ModelProto) -> None:
+    node(model, "relu1").op_type = "Frobnicate"
+
+
+def _unknown_domain(model: ModelProto) -> None:
+    node(model, "relu1").domain = "acme"
+
+
+def _no_operator(model: ModelProto) -> None:
+    node(model, "relu1").op_type = ""
+
+
+def _unknown_attribute(model: ModelProto) -> None:
+    node(model, "relu1").attribute.append(helper.make_attribute("slope", 0.1))
+
+
+def _attribute_of_wrong_type(model: ModelProto) -> None:
+    del node(model, "conv1").attribute[:]
+    node(model, "conv1").attribute.append(helper.make_attribute("pads", "same"))
+
+
+def _too_few_operands(model: ModelProto) -> None:
+    del node(model, "conv1").input[1:]
+
+
+def _no_graph(model: ModelProto) -> None:
+    model.ClearField("graph")
+
+
+def _empty_graph(model: ModelProto) -> None:
+    model.graph.Clear()
+
+
+def _no_nodes(model: ModelProto) -> None:
+    model.graph.ClearField("node")
+
+
+def _future_ir(model: ModelProto) -> None:
+    model.ir_version = 9999
+
+
+def _no_ir(model: ModelProto) -> None:
+    model.ClearField("ir_version")
+
+
+def _untyped_input(model: ModelProto) -> None:
+    model.graph.input[0].ClearField("type")
+
+
+def _wrong_dims(model: ModelProto) -> None:
+    model.graph.initializer[0].dims[0] = 99
+
+
+def _negative_dims(model: ModelProto) -> None:
+    model.graph.initializer[0].dims[0] = -1
+
+
+def _wrong_element_type(model: ModelProto) -> None:
+    model.graph.initializer[0].data_type = 99
+
+
+def _data_too_short(model: ModelProto) -> None:
+    tensor = model.graph.initializer[0]
+    tensor.raw_data = tensor.raw_data[:-3]
+
+
+def _no_data(model: ModelProto) -> None:
+    model.graph.initializer[0].ClearField("raw_data")
+
+
+INVALID = [v for k, v in list(globals().items()) if k.startswith("_") and callable(v)
+           and getattr(v, "__annotations__", {}).get("model") == "ModelProto"]
+
+
+@pytest.mark.parametrize("damage", INVALID, ids=lambda f: f.__name__.strip("_"))
+def test_invalid_models(refuses, folder, damage):
+    model = small_cnn().model()
+    damage(model)
+    (folder / "in.onnx").write_bytes(model.SerializeToString())
+    refuses(folder / "in.onnx", folder / "out.onnx")
+    refuses(folder / "in.onnx", folder / "out.onnx", "--no-verify")
+    refuses(folder / "in.onnx", "--inspect")
+    for source in (model, model.SerializeToString(), folder / "in.onnx"):
+        with pytest.raises(ModelError):
+            onnx_simplify.simplify(source)
+
+
+@pytest.mark.parametrize("damage", [_missing_tensor, _missing_weight, _missing_output])
+def test_the_missing_tensor_is_named(refuses, folder, damage):
+    model = small_cnn().model()
+    damage(model)
+    (folder / "in.onnx").write_bytes(model.SerializeToString())
+    assert "nowhere" in refuses(folder / "in.onnx", folder / "out.onnx")
+
+
+@pytest.mark.parametrize("field", ["node", "tensor", "dimension", "initializer", "metadata"])
+def test_names_that_are_no_unicode(refuses, folder, field):
+    model = small_cnn().model()
+    helper.set_model_props(model, {"key": "QQQQ"})
+    place = {"node": "relu1", "tensor": "relu1.out", "dimension": "batch",
+             "initializer": "conv2.weight", "metadata": "QQQQ"}[field].encode()
+    data = model.SerializeToString().replace(place, b"\xff" * len(place))
+    (folder / "in.onnx").write_bytes(data)
+    refuses(folder / "in.onnx", folder / "out.onnx")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("conv1.weight", (16, 4, 3, 3)),
+        ("conv2.weight", (24, 16, 3)),
+        ("conv1.bias", (7,)),
+        ("batchnormalization1.weight", (7,)),
+        ("batchnormalization2.var", (24, 1)),
+        ("gemm1.weight", (5, 7)),
+        ("gemm1.bias", (6,)),
+    ],
+)
+def test_shapes_that_contradict_each_other(refuses, cli, folder, name, shape):
+    """Such a model is well-formed, but runs on no input."""
+    model = small_cnn().model()
+    set_initializer(model, name, np.ones(shape, np.float32))
+    (folder / "in.onnx").write_bytes(model.SerializeToString())
+    refuses(folder / "in.onnx", folder / "out.onnx", code=3)
+    for options in (["--no-verify"], ["--inspect"]):
+        result = cli(folder / "in.onnx", folder / "out.onnx", *options)
+        assert result.code in (0, 2) and "internal error" not in result.err
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("group", 0),
+        ("group", 5),
+        ("group", -1),
+        ("strides", [0, 0]),
+        ("pads", [1, 1]),
+        ("kernel_shape", [5, 5]),
+        ("dilations", [0, 1]),
+        ("auto_pad", "SOMEHOW"),
+    ],
+    ids=str,
+)
+def test_attributes_out_of_range(refuses, cli, folder, name, value):
+    model = small_cnn().model()
+    conv = node(model, "conv2")
+    if name == "pads":
+        del conv.attribute[:]
+    conv.attribute.append(helper.make_attribute(name, value))
+    (folder / "in.onnx").write_bytes(model.SerializeToString())
+    refuses(folder / "in.onnx", folder / "out.onnx", code=3)
+    for options in (["--no-verify"], ["--inspect"]):
+        result = cli(folder / "in.onnx", folder / "out.onnx", *options)
+        assert result.code in (0, 2) and "internal error" not in result.err
+
+
+# External data.
+
+
+@pytest.fixture
+def external(folder: Path) -> Path:
+    """A model with its weights in a file of their own."""
+    inner = folder / "net"
+    inner.mkdir()
+    onnx.save(
+        small_cnn().model(),
+        inner / "net.onnx",
+        save_as_external_data=True,
+        location="weights.bin",
+        size_threshold=0,
+    )
+    return inner / "net.onnx"
+
+
+def relocate(path: Path, **entries: object) -> None:
+    """Change entries of the external data of all initializers; None removes one."""
+    model = onnx.load(path, load_external_data=False)
+    for tensor in model.graph.initializer:
+        found = {e.key: e.value for e in tensor.external_data}
+        found.update({k: str(v) for k, v in entries.items()})
+        del tensor.external_data[:]
+        for key, value in found.items():
+            if value != "None":
+                tensor.external_data.add(key=key, value=value)
+    path.write_bytes(model.SerializeToString())
+
+
+def test_external_data_is_read(cli, folder, external):
+    assert cli(external, folder / "out.onnx").code == 0
+    feeds = random_feeds(small_cnn().model(), 1)[0]
+    expected, found = run(external, feeds), run(folder / "out.onnx", feeds)
+    np.testing.assert_allclose(found["scores"], expected["scores"], rtol=1e-4, atol=1e-5)
+
+
+def test_external_data_in_a_subfolder(cli, folder, external):
+    (external.parent / "sub").mkdir()
+    (external.parent / "weights.bin").rename(external.parent / "sub" / "weights.bin")
+    relocate(external, location="sub/weights.bin")
+    assert cli(external, folder / "out.onnx").code == 0
+
+
+def test_missing_external_data(refuses, folder, external):
+    (external.parent / "weights.bin").unlink()
+    assert "weights.bin" in refuses(external, folder / "out.onnx")
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, -1])
+def test_external_data_too_short(refuses, folder, external, size):
+    data = (external.parent / "weights.bin").read_bytes()
+    (external.parent / "weights.bin").write_bytes(data[:size])
+    assert "weights.bin" in refuses(external, folder / "out.onnx")
+
+
+def test_external_data_is_a_folder(refuses, folder, external):
+    (external.parent / "weights.bin").unlink()
+    (external.parent / "weights.bin").mkdir()
+    refuses(external, folder / "out.onnx")
+
+
+@pytest.mark.parametrize(
+    "location", ["../outside.bin", "sub/../../outside.bin", "/etc/passwd", "{outside}", "", "."]
+)
+def test_external_data_elsewhere(refuses, folder, external, location):
+    """Nobody's model reads a file that does not belong to it."""
+    data = (external.parent / "weights.bin").read_bytes()
+    (folder / "outside.bin").write_bytes(data)
+    relocate(external, location=location.replace("{outside}", str(folder / "outside.bin")))
+    refuses(external, folder / "out.onnx")
+
+
+@pytest.mark.skipif(not hasattr(os, "symlink"), reason="needs symbolic links")
+def test_external_data_through_a_link_to_elsewhere(refuses, folder, external):
+    (external.parent / "weights.bin").rename(folder / "outside.bin")
+    (external.parent / "weights.bin").symlink_to(folder / "outside.bin")
+    refuses(external, folder / "out.onnx")
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"offset": -8},
+        {"offset": "start"},
+        {"offset": 10**12},
+        {"length": -8},
+        {"length": "all"},
+        {"length": 10**12},
+        {"length": 4},
+        {"length": 0},
+        {"location": None},
+        {"offset": 3.5},
+    ],
+    ids=str,
+)
+def test_malformed_external_data(refuses, folder, external, entries):
+    relocate(external, **entries)
+    refuses(external, folder / "out.onnx")
+
+
+def test_external_data_of_a_message(external):
+    model = onnx.load(external, load_external_data=False)
+    for source in (model, model.SerializeToString()):
+        with pytest.raises(ModelError, match="path"):
+            onnx_simplify.simplify(source)
+
+
+# Output that cannot be written.
+
+
+def test_output_in_a_missing_folder(refuses, folder):
+    assert "does not exist" in refuses(folder / "in.onnx", folder / "no" / "out.onnx")
+
+
+def test_output_below_a_file(refuses, folder):
+    refuses(folder / "in.onnx", folder / "in.onnx" / "out.onnx")
+
+
+def test_output_is_a_folder(refuses, folder):
+    (folder / "sub").mkdir()
+    assert "folder" in refuses(folder / "in.onnx", folder / "sub")
+    refuses(folder / "in.onnx", folder)
+    refuses(folder / "in.onnx", "")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write")
+def test_output_folder_is_write_protected(refuses, folder):
+    (folder / "sub").mkdir(mode=0o500)
+    try:
+        refuses(folder / "in.onnx", folder / "sub" / "out.onnx")
+    finally:
+        (folder / "sub").chmod(0o700)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+def test_output_folder_takes_no_files(refuses, folder):
+    """Not even from root."""
+    refuses(folder / "in.onnx", "/proc/out.onnx")
+
+
+@pytest.mark.parametrize("length", [240, 300])
+def test_output_name_too_long(cli, folder, length):
+    """With 240 characters the file itself could just be written."""
+    out = folder / ("x" * length)
+    result = cli(folder / "in.onnx", out)
+    assert "internal error" not in result.err
+    assert result.code == (2 if length > 255 else result.code)
+    assert result.err.count("\n") == (1 if result.code else 0)
+    assert set(snapshot(folder)) <= {"in.onnx", "out.onnx", out.name}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_output_is_no_ordinary_file(refuses, folder):
+    """``onnx-simplify IN /dev/null``, run by root, must not replace the device."""
+    os.mkfifo(folder / "pipe")
+    refuses(folder / "in.onnx", folder / "pipe")
+    assert (folder / "pipe").is_fifo()
+
+
+def test_data_file_cannot_be_replaced(refuses, folder):
+    (folder / "out.onnx.data").mkdir()
+    refuses(folder / "in.onnx", folder / "out.onnx", "--save-external-data")
+
+
+def full_disk(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("options", [[], ["--save-external-data"], ["--no-verify"]], ids=str)
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+def test_full_disk_at_the_end(refuses, folder, monkeypatch, function, options):
+    monkeypatch.setattr(store.os, function, full_disk)
+    message = refuses(folder / "in.onnx", folder / "out.onnx", *options)
+    assert os.strerror(errno.ENOSPC) in message
+
+
+@pytest.mark.parametrize("target", ["in.onnx", "out.onnx", "new.onnx"])
+@pytest.mark.parametrize("room", [0, 100, 5000])
+@pytest.mark.parametrize("options", [[], ["--save-external-data"]], ids=str)
+def test_full_disk(refuses, folder, monkeypatch, room, target, options):
+    class Full(io.FileIO):
+        def write(self, data):
+            self.room = getattr(self, "room", room) - memoryview(data).nbytes
+            return full_disk() if self.room < 0 else super().write(data)
+
+    monkeypatch.setattr(store, "open", lambda path, mode: Full(path, "w"), raising=False)
+    message = refuses(folder / "in.onnx", folder / target, *options)
+    assert os.strerror(errno.ENOSPC) in message
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs resource limits")
+@pytest.mark.parametrize("options", [[], ["--save-external-data"]], ids=str)
+def test_write_that_really_fails(folder, sample, options):
+    """The operating system refuses after 20 kB."""
+    import resource
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    before = snapshot(folder)
+    done = subprocess.run(
+        [sys.executable, "-m", "onnx_simplify", str(sample), str(folder / "out.onnx"), *options],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=limit,
+        cwd=Path(onnx_simplify.__file__).parent.parent,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("onnx-simplify: ") and done.stderr.count("\n") == 1
+    assert snapshot(folder) == before
+
+
+def test_full_disk_for_the_report(cli, folder, monkeypatch):
+    (folder / "report.json").write_text("old")
+    monkeypatch.setattr(json, "dump", full_disk)
+    result = cli(folder / "in.onnx", folder / "out.onnx", "--json", folder / "report.json")
+    assert result.code == 2 and result.err.count("\n") == 1
+    assert os.strerror(errno.ENOSPC) in result.err
+    assert sorted(snapshot(folder)) == ["in.onnx", "out.onnx", "report.json"]
+    assert (folder / "report.json").read_text() == "old"
+
+
+@pytest.mark.parametrize("where", ["no/report.json", "in.onnx/report.json", "."])
+def test_report_in_an_impossible_place(refuses, folder, where):
+    refuses(folder / "in.onnx", folder / "out.onnx", "--json", folder / where)
+    refuses(folder / "in.onnx", "--inspect", "--json", folder / where)
+
+
+@pytest.mark.parametrize("where", ["in.onnx", "out.onnx"])
+def test_report_must_not_replace_a_model(refuses, folder, where):
+    refuses(folder / "in.onnx", folder / "out.onnx", "--json", folder / where)
+
+
+# Options that do not fit.
+
+
+@pytest.mark.parametrize("name", ["nothing", "", "conv", "Conv1", "image "])
+def test_unknown_pin(refuses, folder, name):
+    message = refuses(folder / "in.onnx", folder / "out.onnx", "--pin", name)
+    assert f"'{name}'" in message
+    refuses(folder / "in.onnx", "--inspect", "--pin", name)
+
+
+@pytest.mark.parametrize(
+    "shape", ["image:3,12,12", "picture:1,3,12,12", "image:1,3,12,13", "image:1,1,3,12,12"]
+)
+def test_wrong_input_shape(refuses, folder, shape):
+    refuses(folder / "in.onnx", folder / "out.onnx", "--input-shape", shape)
+    refuses(folder / "in.onnx", "--inspect", "--input-shape", shape)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "image", ":1,3", "image:x", "image:1,3,,12", "image:0,3,12,12", "image:-1,3,12,12",
+     "image:1.5,3,12,12", "image=1,3,12,12"],
+)
+def test_garbled_input_shape(cli, folder, text):
+    before = snapshot(folder)
+    result = cli(folder / "in.onnx", folder / "out.onnx", "--input-shape", text)
+    assert result.code == 2 and result.out == ""
+    # A matter of usage, which argparse repeats first.
+    assert result.err.startswith("usage: ")
+    assert result.err.splitlines()[-1].startswith("onnx-simplify: error: argument --input-shape: ")
+    assert snapshot(folder) == before
+
+
+def _npz(**arrays: object) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+def _npy() -> bytes:
+    file = io.BytesIO()
+    np.save(file, np.zeros((1, 3, 12, 12), np.float32))
+    return file.getvalue()
+
+
+GOOD = _npz(image=np.random.default_rng(0).standard_normal((1, 3, 12, 12)))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        b"",
+        b"not an archive",
+        _npy(),
+        GOOD[:10],
+        GOOD[:1000],
+        GOOD[:-1],
+        GOOD[:400] + bytes(50) + GOOD[450:],
+        _npz(),
+        _npz(picture=np.zeros((1, 3, 12, 12))),
+        _npz(image=np.zeros((3, 12, 12))),
+        _npz(image=np.zeros((1, 3, 12, 13))),
+        _npz(image=np.full((1, 3, 12, 12), "a")),
+        _npz(image=np.full((1, 3, 12, 12), 1j)),
+        _npz(image=np.full((1, 3, 12, 12), None)),
+    ],
+    ids=(
+        "missing empty text npy cut10 cut1000 cut1 damaged no-arrays name rank size strings "
+        "complex objects"
+    ).split(),
+)
+def test_wrong_input_data(refuses, folder, content):
+    data = folder / "data.npz"
+    if content is not None:
+        data.write_bytes(content)
+    message = refuses(folder / "in.onnx", folder / "out.onnx", "--input-data", data)
+    assert "--input-data" in message
+
+
+def test_input_data_is_a_folder(refuses, folder):
+    refuses(folder / "in.onnx", folder / "out.onnx", "--input-data", folder)
+
+
+def test_input_data_without_any_sample(refuses, folder):
+    """An empty batch would verify anything."""
+    (folder / "data.npz").write_bytes(_npz(image=np.zeros((0, 3, 12, 12))))
+    refuses(folder / "in.onnx", folder / "out.onnx", "--input-data", folder / "data.npz")
+
+
+# The Python interface.
+
+
+@pytest.mark.parametrize("source", ["no/such/file.onnx", b"", b"garbage", ModelProto()], ids=repr)
+@pytest.mark.parametrize(
+    "function",
+    ["simplify", "fold_batchnorm", "propagate_bias", "remove_zeroed", "get_bn_folding",
+     "get_pinned"],
+)
+def test_every_function_refuses(source, function):
+    with pytest.raises(ModelError) as caught:
+        getattr(onnx_simplify, function)(source)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_good_model_is_not_refused(cli, folder):
+    """So that the tests above fail for the reason they name."""
+    assert cli(folder / "in.onnx", folder / "out.onnx").code == 0
+    found = onnx.load(folder / "out.onnx")
+    assert initializer(found, "conv1.weight").shape == (8, 3, 3, 3)
+    assert all(t.data_type == TensorProto.FLOAT or t.data_type == TensorProto.INT64
+               for t in found.graph.initializer)
