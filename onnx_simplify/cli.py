@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
+import shutil
 import sys
-import tempfile
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from onnx_simplify import pipeline
 from onnx_simplify.errors import CannotVerifyError, ModelError, SimplifyError, first_line
 from onnx_simplify.graph.model import load
-from onnx_simplify.graph.store import check_writable, save
+from onnx_simplify.graph.store import check_writable, save, write_text
 from onnx_simplify.pipeline import PASSES, Options
 from onnx_simplify.planning.profiles import PROFILES
 from onnx_simplify.report import Report
@@ -55,9 +58,6 @@ def main(arguments: Sequence[str]) -> int:
         return _complain("interrupted, nothing written", 2)
     except MemoryError:
         return _complain("out of memory, nothing written", 2)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 2
     except Exception as error:
         if os.environ.get("ONNX_SIMPLIFY_DEBUG"):
             raise
@@ -145,11 +145,16 @@ def _positive_float(text: str) -> float:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    console = Console(quiet=arguments.quiet, highlight=False)
+    text = io.StringIO()
+    width = shutil.get_terminal_size((100, 24)).columns
+    console = Console(file=text, quiet=arguments.quiet, highlight=False, width=width)
     if arguments.output is not None and not arguments.inspect:
         check_writable(arguments.output)
     if arguments.json is not None:
         check_writable(arguments.json)
+        for other in (arguments.input, arguments.output):
+            if other is not None and os.path.realpath(other) == os.path.realpath(arguments.json):
+                raise ModelError(f"--json: {arguments.json} is the model: name another file")
     data = None if arguments.input_data is None else _read_data(arguments.input_data)
     original = load(arguments.input)
     with _progress(arguments.quiet) as progress:
@@ -183,7 +188,25 @@ def _run(arguments: argparse.Namespace) -> int:
         _print_summary(console, report)
     if arguments.verbose or arguments.inspect:
         _print_opaque(console, report)
+    _emit(text.getvalue(), written=not arguments.inspect)
     return 0
+
+
+def _emit(text: str, *, written: bool) -> None:
+    """Write to the standard output, whatever it can show."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        what = "the model was written, but " if written else ""
+        raise ModelError(
+            f"{what}the report cannot be printed: {error.strerror or error}"
+        ) from error
 
 
 @contextmanager
@@ -201,7 +224,10 @@ def _read_data(path: str) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except (OSError, ValueError, AttributeError, EOFError) as error:
+    except (
+        OSError, ValueError, AttributeError, EOFError, TypeError, KeyError,
+        zipfile.BadZipFile, zlib.error,
+    ) as error:
         raise ModelError(f"--input-data: {path} is not an .npz file of arrays") from error
 
 
@@ -212,17 +238,7 @@ def _write_json(report: Report, arguments: argparse.Namespace) -> None:
         "output": None if arguments.inspect else arguments.output,
         **report.to_dict(),
     }
-    path = Path(arguments.json)
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8"
-        ) as file:
-            json.dump(content, file, indent=2)
-            file.write("\n")
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, path)
-    except OSError as error:
-        raise ModelError(f"--json: {path} cannot be written: {error.strerror or error}") from error
+    write_text(arguments.json, json.dumps(content, indent=2) + "\n")
 
 
 def _print_summary(console: Console, report: Report) -> None:
@@ -257,8 +273,7 @@ def _print_summary(console: Console, report: Report) -> None:
             "",
         )
     console.print(table)
-    for note in report.notes:
-        console.print(f"note: {note}", markup=False)
+    _print_notes(console, report)
     found = report.verification
     if found is None:
         console.print("not verified")
@@ -267,6 +282,11 @@ def _print_summary(console: Console, report: Report) -> None:
             f"verified on {found.runs} inputs: worst relative error {found.worst:.1e} "
             f"(allowed {found.tolerance:.0e})"
         )
+
+
+def _print_notes(console: Console, report: Report) -> None:
+    for note in report.notes:
+        console.print(f"note: {note}", markup=False)
 
 
 def _counts(before: int, after: int) -> tuple[str, str, str]:
@@ -281,7 +301,7 @@ def _print_layers(console: Console, report: Report) -> None:
                          overflow="fold")
     for layer in report.layers:
         table.add_row(
-            layer.name,
+            escape(layer.name),
             layer.op,
             *(str(v) for v in (layer.inputs, layer.outputs, layer.dead, layer.constant,
                                layer.removed)),
@@ -292,6 +312,7 @@ def _print_layers(console: Console, report: Report) -> None:
         f"{report.before.parameters - report.after.parameters:,} of "
         f"{report.before.parameters:,} parameters can be removed"
     )
+    _print_notes(console, report)
 
 
 def _print_opaque(console: Console, report: Report) -> None:

@@ -49,6 +49,7 @@ class Options:
     progress: Callable[[str], None] | None = None
 
 
+@np.errstate(all="ignore")
 def run(original: Model, options: Options) -> tuple[Model, Report]:
     """Simplify a model.
 
@@ -75,6 +76,7 @@ def run(original: Model, options: Options) -> tuple[Model, Report]:
     model = original.copy()
     model.pin(options.pinned)
     before = figures(original, shapes)
+    before.bytes = original.source_bytes or before.bytes
     report = Report(before=before, after=before)
     report.input_shapes = shapes
     report.target = planner.profile.name
@@ -90,17 +92,15 @@ def run(original: Model, options: Options) -> tuple[Model, Report]:
     original.release()
     if reference is not None and options.verify:
         step("verifying")
-        report.verification = reference.compare(model, options.rtol, half=half)
-        if not report.verification.passed:
+        found = report.verification = reference.compare(model, options.rtol, half=half)
+        if not found.passed:
             if half and "fold_batchnorm" not in options.skip:
                 # Folding rounds the weights once more, which half precision may not forgive.
                 skip = {*options.skip, "fold_batchnorm"}
                 model, report = run(original, replace(options, skip=skip))
                 report.notes.append("BatchNormalization left alone: folding it costs precision")
                 return model, report
-            raise VerificationError(
-                f"verification failed, nothing written: {report.verification.reason}"
-            )
+            raise VerificationError(f"verification failed, nothing written: {found.reason}")
     report.seconds = time.perf_counter() - start
     if options.benchmark and reference is not None:
         step("benchmarking")
@@ -127,10 +127,11 @@ def simplify_in_place(
     if "fold_batchnorm" not in options.skip:
         report.batchnorms_folded = fold_batchnorm(model)
         model.release()
-    report.layers = layers(model)
+    before = layers(model)
+    report.layers = list(before.values())
 
     def observe(analysis: Analysis) -> None:
-        add_findings(report.layers, analysis)
+        add_findings(before, analysis)
         report.opaque = [
             Opaque(label(n), n.op, analysis.layouts.opaque.get(id(n), "operator not known"))
             for n in model.graph.nodes
@@ -142,6 +143,8 @@ def simplify_in_place(
         propagate_bias(model, planner, reference.feeds, observe=observe)
     else:
         observe(Analysis(model))
+        if "remove_zeroed" not in options.skip and reference is not None:
+            propagate_bias(model, planner, reference.feeds, only_zeros=True)
     if "remove_zeroed" not in options.skip:
         step("removing channels")
         remove_zeroed(model, planner)
@@ -153,11 +156,11 @@ def simplify_in_place(
         infer(model)
         report.batchnorms_folded += fold_batchnorm(model)
     compress_maps(model)
-    after = {layer.name: layer for layer in layers(model)}
-    for layer in report.layers:
-        if layer.name in after:
-            layer.outputs_after = after[layer.name].outputs
-            layer.inputs_after = after[layer.name].inputs
+    after = layers(model)
+    for node, layer in before.items():
+        if node in after:
+            layer.outputs_after = after[node].outputs
+            layer.inputs_after = after[node].inputs
 
 
 def is_half(model: Model) -> bool:

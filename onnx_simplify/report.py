@@ -164,12 +164,12 @@ def count_macs(model: Model, shapes: Mapping[str, Sequence[int]]) -> int | None:
     return total
 
 
-def layers(model: Model) -> list[Layer]:
-    """The model's layers with weights, in execution order."""
-    found = []
+def layers(model: Model) -> dict[int, Layer]:
+    """The model's layers with weights by ``id`` of the node, in execution order."""
+    found = {}
     for node, rule in _weighted(model):
         groups, outputs, inputs = rule.dims(node)
-        found.append(Layer(label(node), node.op, groups * outputs, groups * inputs))
+        found[id(node)] = Layer(label(node), node.op, groups * outputs, groups * inputs)
     return found
 
 
@@ -179,23 +179,22 @@ def _weighted(model: Model) -> Iterator[tuple[gs.Node, Linear]]:
         rule = lookup(node)
         if isinstance(rule, Linear):
             try:
-                rule.wiring(node)
+                rule.dims(node)
             except Unsupported:
                 continue
             yield node, rule
 
 
-def add_findings(found: Sequence[Layer], analysis: Analysis) -> None:
+def add_findings(found: Mapping[int, Layer], analysis: Analysis) -> None:
     """Count constant and dead output channels per layer, in place.
 
     Args:
-        found: the layers.
+        found: the layers, as :func:`layers` gives them.
         analysis: an analysis of the same model; levels need not have been computed.
     """
-    by_name = {layer.name: layer for layer in found}
     alive = analysis.alive(analysis.needed)
     for node, _ in _weighted(analysis.model):
-        layer = by_name.get(label(node))
+        layer = found.get(id(node))
         result = node.outputs[0].name
         if layer is None or result not in analysis.layouts.of:
             continue

@@ -21,10 +21,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def main() -> int:
     """Check the seeds given and report."""
     import onnx
-    from fuzzing import check
-    from random_graphs import random_model
     from rich.console import Console
     from rich.progress import track
+
+    from fuzzing import check
+    from random_graphs import random_model
 
     parser = argparse.ArgumentParser(description="Check random graphs.")
     parser.add_argument("first", type=int, nargs="?", default=0)

@@ -164,10 +164,17 @@ class Graph:
 
     def model(self, **fields: Any) -> ModelProto:
         """The model; keyword arguments set fields of it, such as ``producer_name``."""
+        inputs = list(self.inputs)
+        if self.ir_version < 4:
+            # Initializers had to be listed among the inputs.
+            inputs += [
+                helper.make_tensor_value_info(t.name, t.data_type, t.dims)
+                for t in self.initializers
+            ]
         graph = helper.make_graph(
             self.nodes,
             self.name,
-            self.inputs,
+            inputs,
             self.outputs,
             self.initializers,
             value_info=self.value_info,

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import onnx
 import pytest
-from build import small_cnn
 from onnx import ModelProto
 
+from build import small_cnn
 from onnx_simplify.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 import onnxruntime as ort
-from random_graphs import random_feeds, random_model
 
 import onnx_simplify
 from onnx_simplify.errors import CannotVerifyError, VerificationError
+from random_graphs import random_feeds, random_model
 
 # Operators that jump, and those that divide by the spread of numbers that may all be equal:
 # rounding alone can change what is behind them.

@@ -1,6 +1,7 @@
 """Random graphs of all operators, with random zero patterns: the function must not change."""
 
 import pytest
+
 from fuzzing import check
 
 CHUNK = 50

@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 import onnx.inliner
 import onnx_graphsurgeon as gs
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 from onnx_graphsurgeon.ir.tensor import LazyValues
@@ -50,6 +50,7 @@ class Model:
         kept_names: tensors that must survive: graph outputs and outer values used in subgraphs.
         pinned: tensors whose channels must stay, see :meth:`pin`.
         mapped: files mapped into memory that weights are views of.
+        source_bytes: size of what the model was loaded from, external data included.
         stand_in: run a float32 version of the model, see :mod:`onnx_simplify.runtime.widen`.
     """
 
@@ -108,6 +109,7 @@ class Model:
         self.pinned: set[str] = set()
         self.mapped: list[mmap.mmap] = []
         self.stand_in = False
+        self.source_bytes: int | None = None
 
     @property
     def opset(self) -> int:
@@ -292,6 +294,7 @@ def load(source: ModelSource) -> Model:
         ModelError: the source cannot be read or is not a valid ONNX model.
     """
     folder: Path | None = None
+    source_bytes = None
     arrays: dict[str, np.ndarray] = {}
     if isinstance(source, ModelProto):
         proto, arrays = _strip(source)
@@ -304,6 +307,7 @@ def load(source: ModelSource) -> Model:
             folder = path.parent
             label = str(path)
             data = _map_file(path)
+        source_bytes = len(data)
         if len(data) == 0:
             raise ModelError(f"{label} is empty: not an ONNX model")
         buffer = np.frombuffer(data, np.uint8)
@@ -316,11 +320,14 @@ def load(source: ModelSource) -> Model:
         for index, (start, stop) in spans.items():
             tensor = proto.graph.initializer[index]
             arrays[tensor.name] = _view(tensor, buffer[start:stop])
+    _check_text(proto)
     if not proto.graph.node and not proto.graph.output:
         raise ModelError("not an ONNX model: it has no graph")
     for tensor in proto.graph.initializer:
         if tensor.name not in arrays:
             arrays[tensor.name] = _read(tensor, folder)
+            if source_bytes is not None and tensor.data_location == TensorProto.EXTERNAL:
+                source_bytes += arrays[tensor.name].nbytes
     _check(proto)
     for tensor in proto.graph.initializer:
         values = arrays[tensor.name]
@@ -336,6 +343,7 @@ def load(source: ModelSource) -> Model:
         raise
     except Exception as error:
         raise ModelError(f"not a valid ONNX graph: {first_line(error)}") from error
+    model.source_bytes = source_bytes
     model.mapped = list({id(m): m for m in map(_mapping, arrays.values()) if m}.values())
     return model
 
@@ -535,6 +543,8 @@ def _view(tensor: TensorProto, raw: np.ndarray) -> np.ndarray:
             full.raw_data = raw.tobytes()
             return numpy_helper.to_array(full)
         dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        if any(d < 0 for d in tensor.dims):
+            raise ValueError("negative size")
         return raw.view(dtype).reshape(tuple(tensor.dims))
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(
@@ -589,6 +599,21 @@ def _map_file(path: Path) -> np.ndarray:
         raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
+def _check_text(message: Message) -> None:
+    """Refuse names that are not UTF-8: nothing could be said about such a model."""
+    try:
+        for field, value in message.ListFields():
+            if field.type == field.TYPE_MESSAGE:
+                for child in value if field.is_repeated else (value,):
+                    _check_text(child)
+            elif field.type == field.TYPE_STRING:
+                for text in value if field.is_repeated else (value,):
+                    if not isinstance(text, str):
+                        raise ModelError("not an ONNX model: it has names that are not UTF-8")
+    except UnicodeDecodeError as error:
+        raise ModelError("not an ONNX model: it has names that are not UTF-8") from error
+
+
 def _mapping(array: np.ndarray) -> mmap.mmap | None:
     """The file mapping that an array is a view of."""
     base: object = array
@@ -602,6 +627,13 @@ def _mapping(array: np.ndarray) -> mmap.mmap | None:
 def _check(proto: ModelProto) -> None:
     if not proto.opset_import:
         raise ModelError("not a valid ONNX model: it imports no operator set")
+    newest = onnx.defs.onnx_opset_version()
+    for opset in proto.opset_import:
+        if opset.domain in ("", "ai.onnx") and not 0 < opset.version <= newest:
+            raise ModelError(
+                f"operator set {opset.version} is not known (up to {newest} is): "
+                "upgrade the onnx package"
+            )
     names: set[str] = set()
     for tensor in proto.graph.initializer:
         if tensor.name in names:

@@ -18,6 +18,8 @@ from onnx_simplify.graph.wire import GRAPH, INITIALIZER, RAW_DATA, length_prefix
 
 # Where external tensors start in the data file: page-aligned, so that they can be mapped.
 _ALIGNMENT = 4096
+# The file system allows 255 bytes; the data file's name has five more.
+_LONGEST_NAME = 250
 
 
 def save(model: Model, path: str | os.PathLike[str], *, external: bool = False) -> int:
@@ -35,11 +37,11 @@ def save(model: Model, path: str | os.PathLike[str], *, external: bool = False) 
     Raises:
         ModelError: the file cannot be written.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     proto, large = model.structure()
     external = external or sum(t.values.nbytes for t in large.values()) > MESSAGE_LIMIT
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=_prefix(path)) as folder:
             new = Path(folder, path.name)
             with open(new, "wb") as file:
                 if external:
@@ -67,13 +69,41 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     Raises:
         ModelError: the folder is missing or cannot be written, or the path is a folder.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise ModelError(f"{path} is a folder: name the output file")
-    if not path.parent.is_dir():
-        raise ModelError(f"folder {path.parent} does not exist")
-    if not os.access(path.parent, os.W_OK):
-        raise ModelError(f"folder {path.parent} cannot be written")
+    path = Path(os.path.realpath(path))
+    try:
+        if path.is_dir():
+            raise ModelError(f"{path} is a folder: name the output file")
+        if path.exists() and not path.is_file():
+            raise ModelError(f"{path} is not an ordinary file: name another output file")
+        if not path.parent.is_dir():
+            raise ModelError(f"folder {path.parent} does not exist")
+        if not os.access(path.parent, os.W_OK):
+            raise ModelError(f"folder {path.parent} cannot be written")
+        if len(os.fsencode(path.name)) > _LONGEST_NAME:
+            raise ModelError(f"the name of the output file is too long: {path.name[:40]}...")
+    except OSError as error:
+        raise ModelError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file; an existing one is replaced by the complete new one or not at all.
+
+    Raises:
+        ModelError: the file cannot be written.
+    """
+    path = Path(os.path.realpath(path))
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=_prefix(path)) as folder:
+            new = Path(folder, path.name)
+            new.write_text(text, encoding="utf-8")
+            _keep_mode(path, new)
+            os.replace(new, path)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _prefix(path: Path) -> str:
+    return f".{path.name[:32]}."
 
 
 def serialized_size(model: Model) -> int:

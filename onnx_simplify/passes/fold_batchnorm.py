@@ -18,6 +18,7 @@ import onnx_graphsurgeon as gs
 from onnx_simplify.channels.layouts import Unsupported
 from onnx_simplify.channels.operators import lookup
 from onnx_simplify.channels.operators.base import constant_input, has_input
+from onnx_simplify.channels.operators.elementwise import has_equal_vectors
 from onnx_simplify.channels.operators.linear import Linear
 from onnx_simplify.graph.edit import Editor, Readers, consumers, label, remove_nodes
 from onnx_simplify.graph.model import Model
@@ -81,6 +82,7 @@ def _is_inference(bn: gs.Node) -> bool:
         and bn.attrs.get("spatial", 1) == 1
         and sum(bool(t.name) for t in bn.outputs) == 1
         and all(isinstance(t, gs.Constant) for t in bn.inputs[1:])
+        and has_equal_vectors(bn)
         and all(np.isfinite(v).all() for v in affine(bn))
     )
 
@@ -92,10 +94,12 @@ def _linear(node: gs.Node) -> Linear | None:
         return None
     try:
         wiring = rule.wiring(node)
+        groups, outputs, _ = rule.dims(node)
     except Unsupported:
         return None
     if wiring.bias is not None and has_input(node, wiring.bias):
-        if constant_input(node, wiring.bias) is None:
+        bias = constant_input(node, wiring.bias)
+        if bias is None or bias.shape[-1:] not in ((), (1,), (groups * outputs,)):
             return None
     return rule
 

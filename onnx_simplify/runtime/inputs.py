@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from onnx_simplify.errors import ModelError
+from onnx_simplify.errors import CannotVerifyError, ModelError
 from onnx_simplify.graph.model import Model
 
 Feeds = dict[str, np.ndarray]
@@ -38,8 +38,8 @@ def input_specs(model: Model, shapes: Mapping[str, Sequence[int]] | None = None)
         shapes: sizes to use instead of the declared ones, by input name.
 
     Raises:
-        ModelError: a name is unknown, a shape contradicts the declared one, or an input is not a
-            tensor of numbers.
+        ModelError: a name is unknown, or a shape contradicts the declared one.
+        CannotVerifyError: an input is not a tensor.
     """
     specs = []
     shapes = dict(shapes or {})
@@ -47,7 +47,9 @@ def input_specs(model: Model, shapes: Mapping[str, Sequence[int]] | None = None)
         if info.name in model.overridable or info.name not in model.input_names:
             continue
         if not info.type.HasField("tensor_type"):
-            raise ModelError(f"input '{info.name}' is not a tensor: only tensors can be made up")
+            raise CannotVerifyError(
+                f"input '{info.name}' is not a tensor: no values can be made up"
+            )
         kind = info.type.tensor_type
         dims: list[int | str] = []
         for axis, dim in enumerate(kind.shape.dim):

@@ -328,5 +328,13 @@ def _fit(specs: Sequence[InputSpec], data: Feeds) -> Feeds:
             raise ModelError(
                 f"--input-data: '{spec.name}' has {values.ndim} dimensions, not {len(spec.dims)}"
             )
+        if not np.can_cast(values.dtype, spec.dtype, "same_kind") and not (
+            values.dtype.kind in "fiub" and spec.dtype.kind in "fiubV"
+        ):
+            raise ModelError(
+                f"--input-data: '{spec.name}' holds {values.dtype}, not {spec.dtype}"
+            )
+        if values.size == 0:
+            raise ModelError(f"--input-data: '{spec.name}' is empty: nothing could be compared")
         feeds[spec.name] = values.astype(spec.dtype)
     return feeds

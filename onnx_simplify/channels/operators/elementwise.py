@@ -148,6 +148,8 @@ class ChannelAffine(Operator):
         source = layouts(node.inputs[0])
         if source.ndim < 2:
             raise Unsupported("no channel axis")
+        if not has_equal_vectors(node):
+            raise Unsupported("parameters do not fit each other")
         layout = layouts.collapse(source, [a for a in range(source.ndim) if a != 1])
         layouts.set(node.outputs[0], layout)
 
@@ -208,6 +210,11 @@ class InstanceNormalization(ChannelAffine):
     def wants_values(self, node: gs.Node, analysis: Analysis) -> list[int]:
         """Zeros stay exact."""
         return [0]
+
+
+def has_equal_vectors(node: gs.Node) -> bool:
+    """Whether all inputs but the first are vectors of the same length."""
+    return len({tuple(t.shape) for t in node.inputs[1:]}) == 1 and len(node.inputs[1].shape) == 1
 
 
 def _aligned(array: np.ndarray, rank: int) -> np.ndarray:

@@ -95,6 +95,9 @@ class Linear(Operator):
         """(groups, outputs per group, inputs per group), without touching the weights."""
         shape = node.inputs[self.wiring(node).weight].shape
         dummy = np.broadcast_to(np.zeros((), bool), shape)
+        groups = int(node.attrs.get("group", 1))
+        if groups < 1 or any(shape[a] % groups for a in range(1 if groups > 1 else 0)):
+            raise Unsupported(f"{groups} groups do not fit the weights")
         groups, outputs, inputs = self.to_canonical(node, dummy).shape[:3]
         return groups, outputs, inputs
 
@@ -157,8 +160,11 @@ class Linear(Operator):
         ids = layouts.fresh(groups * outputs)
         rank = len(layouts.shape(output))
         if wiring.bias is not None and has_input(node, wiring.bias):
-            if constant_input(node, wiring.bias) is None:
+            bias = constant_input(node, wiring.bias)
+            if bias is None:
                 raise Unsupported("bias is computed")
+            if bias.size and bias.shape[-1:] not in ((), (1,), (groups * outputs,)):
+                raise Unsupported("the bias does not fit the weights")
         layouts.collapse(source, [a for a in range(source.ndim) if a != wiring.axis_in])
         axis = wiring.axis_out % rank
         result = ids.reshape([ids.size if a == axis else 1 for a in range(rank)])

@@ -18,7 +18,7 @@ from onnx_simplify.channels.operators.base import (
     is_static,
     min_to,
 )
-from onnx_simplify.channels.values import MAP, VARYING
+from onnx_simplify.channels.values import MAP, UNIFORM, VARYING
 
 if TYPE_CHECKING:
     from onnx_simplify.channels.analysis import Analysis
