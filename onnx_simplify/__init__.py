@@ -15,10 +15,12 @@ from onnx_simplify.api import (
     verify,
 )
 from onnx_simplify.errors import CannotVerifyError, ModelError, SimplifyError, VerificationError
+from onnx_simplify.pipeline import PASSES
 from onnx_simplify.report import Report
 from onnx_simplify.version import __version__
 
 __all__ = [
+    "PASSES",
     "CannotVerifyError",
     "ModelError",
     "Report",

@@ -1,0 +1,67 @@
+"""Every torchvision architecture once: pruned, exported, simplified, and equal to the original."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import onnx_simplify  # noqa: E402
+from torch_bridge import export, zoo  # noqa: E402
+
+pytestmark = pytest.mark.torch
+
+# GMACs of the channels that vary with the input and reach the output, for half of all filters
+# pruned independently (seed 0). Without residual links nothing else needs to be computed.
+IDEAL_GMACS = {
+    "alexnet": 0.221,
+    "vgg11": 1.965,
+    "vgg11_bn": 1.965,
+    "vgg13": 2.890,
+    "vgg13_bn": 2.890,
+    "vgg16": 3.931,
+    "vgg16_bn": 3.931,
+    "vgg19": 4.971,
+    "vgg19_bn": 4.971,
+    "squeezenet1_0": 0.268,
+    "squeezenet1_1": 0.114,
+    "densenet121": 0.738,
+    "densenet161": 1.977,
+    "densenet169": 0.870,
+    "densenet201": 1.103,
+    "inception_v3": 1.434,
+    "googlenet": 0.404,
+}
+
+
+@pytest.mark.parametrize("name", zoo.ARCHITECTURES)
+def test_pruned_architecture(name):
+    torch.set_num_threads(1)
+    size = zoo.image_size(name)
+    dense = export(
+        zoo.prune(zoo.realistic(name), name, "P1"),
+        torch.zeros(1, 3, size, size),
+        dynamic_shapes={0: "batch"},
+        exporter="torchscript",
+        fuse_batchnorm=False,
+    )
+    _, report = onnx_simplify.simplify(dense, channel_multiple=1)
+    assert report.verification is not None
+    assert report.verification.worst <= 1e-5
+    assert report.after.macs < 0.8 * report.before.macs
+    assert report.after.parameters < 0.8 * report.before.parameters
+    if name in IDEAL_GMACS:
+        assert report.after.macs / 1e9 <= 1.01 * IDEAL_GMACS[name] + 5e-4
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+@pytest.mark.parametrize("protocol", ["P1-80", "P1-in", "P1-slim"])
+def test_each_pass_under_the_newer_exporter(name, protocol):
+    torch.set_num_threads(1)
+    model = zoo.prune(zoo.realistic(name), name, protocol)
+    dense = export(model, torch.zeros(1, 3, 224, 224), exporter="dynamo", fuse_batchnorm=False)
+    folded = onnx_simplify.fold_batchnorm(dense)
+    assert not any(n.op_type == "BatchNormalization" for n in folded.graph.node)
+    shifted = onnx_simplify.propagate_bias(folded)
+    removed = onnx_simplify.remove_zeroed(shifted)
+    for result in (folded, shifted, removed):
+        assert onnx_simplify.verify(dense, result).worst <= 1e-5
+    assert removed.ByteSize() < 0.8 * dense.ByteSize()
