@@ -34,6 +34,7 @@ from onnx_simplify.planning.planner import Planner
 from onnx_simplify.planning.profiles import PROFILES, profile
 from onnx_simplify.report import Report
 from onnx_simplify.runtime.benchmark import Timing, time_models
+from onnx_simplify.runtime.measure import settle_disputes
 from onnx_simplify.runtime.verify import Reference, Verification
 
 Shapes = Mapping[str, Sequence[int]]
@@ -298,6 +299,7 @@ def _cleaned(source: ModelSource, pinned: Collection[str] = ()) -> Model:
     working = load(source)
     working.pin(pinned)
     clean(working)
+    settle_disputes(working, None)
     fold_shapes(working)
     return working
 
@@ -311,4 +313,7 @@ def _feeds(
     model: Model, shapes: Shapes | None, data: Mapping[str, np.ndarray] | None
 ) -> list[dict[str, np.ndarray]]:
     given = None if data is None else dict(data)
-    return Reference(model, input_shapes=shapes, input_data=given).feeds
+    feeds = Reference(model, input_shapes=shapes, input_data=given).feeds
+    settle_disputes(model, feeds[0])
+    fold_shapes(model)
+    return feeds

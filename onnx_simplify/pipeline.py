@@ -24,6 +24,7 @@ from onnx_simplify.planning.profiles import profile
 from onnx_simplify.report import Opaque, Report, add_findings, figures, layers
 from onnx_simplify.runtime.benchmark import time_models
 from onnx_simplify.runtime.inputs import candidate_sizes, input_specs
+from onnx_simplify.runtime.measure import settle_disputes
 from onnx_simplify.runtime.verify import Reference
 
 PASSES = ("fold_batchnorm", "propagate_bias", "remove_zeroed")
@@ -123,6 +124,7 @@ def simplify_in_place(
 ) -> None:
     """Run the passes, and fill in the report's layers."""
     clean(model)
+    settle_disputes(model, None if reference is None else reference.feeds[0])
     fold_shapes(model)
     if "fold_batchnorm" not in options.skip:
         report.batchnorms_folded = fold_batchnorm(model)

@@ -8,7 +8,7 @@ place of scalars; the rules of each operator are in :mod:`onnx_simplify.channels
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -66,6 +66,12 @@ class Analysis:
             rule = OPAQUE
             rule.layout(node, self.layouts)
         self.rule[id(node)] = rule
+
+    def all_of(self, tensors: Sequence[gs.Tensor]) -> list[np.ndarray | None]:
+        """Masks that say that all of some inputs is needed (None where nothing is followed)."""
+        return [
+            np.ones(self.layouts.of[t.name].shape, bool) if self.has(t) else None for t in tensors
+        ]
 
     def is_opaque(self, node: gs.Node) -> bool:
         """Whether no rule applies to the node."""
@@ -159,16 +165,17 @@ class Analysis:
         The result has size 1 along axes where constants do not vary.  None when there is no
         measurement, or when constants vary along an axis of dynamic size.
         """
-        found = None if self.constants is None else self.constants.arrays.get(tensor.name)
-        if found is None:
+        if self.constants is None or tensor.name not in self.constants.arrays:
             return None
+        found = self.constants.arrays[tensor.name]
         layout = self.layouts.of[tensor.name]
         constant = np.broadcast_to(self.level[tensor.name] > VARYING, found.shape)
         for axis, size in enumerate(self.shape(tensor)):
             if layout.shape[axis] > 1 or found.shape[axis] == 1:
                 continue
             first = found.take([0], axis)
-            same = np.isclose(found, first, rtol=1e-6, atol=0) | ~constant
+            rounding = 0.0 if self.constants.is_exact(tensor.name) else 1e-6
+            same = np.isclose(found, first, rtol=rounding, atol=0) | ~constant
             if same.all():
                 found = first
                 constant = constant.take([0], axis)

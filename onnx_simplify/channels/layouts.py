@@ -70,6 +70,15 @@ class Layouts:
             raise Unsupported(f"'{tensor.name}' has no channels to follow")
         return layout
 
+    def require_where(self, node: gs.Node) -> None:
+        """Make sure that computed sizes could be overwritten, see :class:`Cut`.
+
+        Raises:
+            Unsupported: the operator set has no ``Where``.
+        """
+        if self.model.opset < 9:
+            raise Unsupported(f"sizes of '{node.op}' could not be overwritten before opset 9")
+
     def fresh(self, count: int) -> np.ndarray:
         """``count`` new ids."""
         ids = np.arange(self._count, self._count + count)

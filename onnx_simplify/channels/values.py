@@ -26,6 +26,7 @@ class Constants:
         agreement: for each tensor, which positions had the same values in both runs.
         low: smallest value over the untracked axes, by tensor (shaped like the layout).
         high: largest value.
+        exact: tensors of integers or booleans, whose values are not subject to rounding.
         arrays: the whole first measurement of tensors with constant, non-uniform positions.
     """
 
@@ -33,6 +34,7 @@ class Constants:
     low: dict[str, np.ndarray] = field(default_factory=dict)
     high: dict[str, np.ndarray] = field(default_factory=dict)
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    exact: set[str] = field(default_factory=set)
 
     def record(self, name: str, constant: np.ndarray, values: np.ndarray) -> None:
         """Record a first measurement.
@@ -43,12 +45,17 @@ class Constants:
             values: the tensor, of the layout's rank.
         """
         self.agreement[name] = np.zeros(constant.shape, bool)
-        if values.ndim != constant.ndim or values.size == 0:
+        if values.ndim != constant.ndim or values.size == 0 or values.dtype.kind in "OSU":
             return
+        if values.dtype.kind in "iub":
+            self.exact.add(name)
         low, high = _range(values, constant.shape)
-        agree = constant & np.isfinite(low) & np.isfinite(high)
+        # Larger integers have no float64 of their own.
+        agree = constant & (np.abs(low) < 2.0**53) & (np.abs(high) < 2.0**53)
+        if values.dtype.kind == "f":
+            agree = constant & np.isfinite(low) & np.isfinite(high)
         self.agreement[name], self.low[name], self.high[name] = agree, low, high
-        if (agree & ~_uniform(low, high, _ROUNDING)).any():
+        if (agree & ~_uniform(low, high, 0.0 if self.is_exact(name) else _ROUNDING)).any():
             self.arrays[name] = _wide(values)
 
     def confirm(self, name: str, values: np.ndarray, *, same_sizes: bool) -> None:
@@ -75,6 +82,10 @@ class Constants:
             agree &= (_wide(values) == self.arrays[name]).all(axis=axes, keepdims=True)
         self.agreement[name] = agree
 
+    def is_exact(self, name: str) -> bool:
+        """Whether the tensor's values are not subject to rounding."""
+        return name in self.exact
+
     def agree(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """Positions whose measurement does not contradict the rules: the same twice, and finite."""
         found = self.agreement.get(name)
@@ -91,7 +102,8 @@ class Constants:
         if name not in self.low:
             return np.full(shape, np.nan)
         low, high = self.low[name], self.high[name]
-        good = self.agreement[name] & _uniform(low, high, np.where(proven, _LOOSE, _ROUNDING))
+        rounding = np.where(proven, _LOOSE, _ROUNDING) * (not self.is_exact(name))
+        good = self.agreement[name] & _uniform(low, high, rounding)
         return np.where(good, (low + high) / 2, np.nan)
 
 

@@ -142,7 +142,8 @@ class Editor:
             key = (old.name, values.shape, values.dtype.str, values.tobytes())
             new = self._shared.get(key) or self.model.constant(old.name, values)
             self._shared[key] = new
-            self._users[new.name] += 1
+            # It may get more users, so none of them has it for itself.
+            self._users[new.name] = 2
         set_input(node, index, new)
 
     def before(self, node: gs.Node, new: gs.Node) -> None:

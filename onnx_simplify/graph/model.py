@@ -50,6 +50,7 @@ class Model:
         kept_names: tensors that must survive: graph outputs and outer values used in subgraphs.
         pinned: tensors whose channels must stay, see :meth:`pin`.
         mapped: files mapped into memory that weights are views of.
+        disputed: outputs of nodes whose shapes inference gets wrong, by onnxruntime's standards.
         source_bytes: size of what the model was loaded from, external data included.
         stand_in: run a float32 version of the model, see :mod:`onnx_simplify.runtime.widen`.
     """
@@ -79,6 +80,7 @@ class Model:
         self.graph: gs.Graph = gs.import_onnx(proto)
         # Keyed by id: all nodes are kept alive so that none is given to a new one.
         self._originals = list(self.graph.nodes)
+        self._attributes = {id(n): dict(n.attrs) for n in self._originals}
         for node, message in zip(self.graph.nodes, nodes, strict=True):
             self._protos[id(node)] = message
         tensors = self.graph.tensors()
@@ -109,6 +111,7 @@ class Model:
         self.pinned: set[str] = set()
         self.mapped: list[mmap.mmap] = []
         self.stand_in = False
+        self.disputed: frozenset[str] = frozenset()
         self.source_bytes: int | None = None
 
     @property
@@ -191,6 +194,7 @@ class Model:
         other.pinned = set(self.pinned)
         other.mapped = self.mapped
         other.stand_in = self.stand_in
+        other.disputed = self.disputed
         return other
 
     def structure(
@@ -209,7 +213,7 @@ class Model:
             graph.node.append(self.export_node(node))
         constants = self.initializers()
         for name, tensor in constants.items():
-            if _nbytes(tensor) <= INLINE_BYTES:
+            if _nbytes(tensor) <= INLINE_BYTES or _is_text(tensor.dtype):
                 graph.initializer.append(numpy_helper.from_array(np.asarray(tensor.values), name))
             else:
                 graph.initializer.append(_placeholder(name, tensor.dtype, tensor.shape))
@@ -266,8 +270,12 @@ class Model:
     def export_node(self, node: gs.Node) -> NodeProto:
         """The node as a message, with the documentation and metadata of the node it stems from."""
         original = self._protos.get(id(node))
-        if original is not None and _has_body(original):
-            # Bodies are never rewritten: keep them to the letter.
+        known = self._attributes.get(id(node), {})
+        unchanged = known.keys() == node.attrs.keys() and all(
+            known[key] is value for key, value in node.attrs.items()
+        )
+        if original is not None and (unchanged or _has_body(original)):
+            # To the letter: some attributes do not survive the library.
             message = NodeProto()
             message.CopyFrom(original)
             del message.input[:], message.output[:]
@@ -331,7 +339,7 @@ def load(source: ModelSource) -> Model:
     _check(proto)
     for tensor in proto.graph.initializer:
         values = arrays[tensor.name]
-        if values.nbytes > INLINE_BYTES:
+        if values.nbytes > INLINE_BYTES and not _is_text(values.dtype):
             tensor.CopyFrom(_placeholder(tensor.name, values.dtype, values.shape))
         elif tensor.data_location == TensorProto.EXTERNAL:
             tensor.CopyFrom(numpy_helper.from_array(np.array(values), tensor.name))
@@ -489,6 +497,10 @@ def _value_info(tensor: gs.Constant) -> onnx.ValueInfoProto:
     return onnx.helper.make_tensor_value_info(
         tensor.name, onnx.helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype)), tensor.shape
     )
+
+
+def _is_text(dtype: object) -> bool:
+    return np.dtype(dtype).kind in "OSU"  # type: ignore[call-overload]
 
 
 def _nbytes(tensor: gs.Constant) -> int:

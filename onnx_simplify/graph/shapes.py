@@ -82,12 +82,12 @@ def _infer(
                     info.name, info.type.tensor_type.elem_type, shape
                 )
             )
-    if input_shapes:
-        for info in proto.graph.output:
-            if info.type.HasField("tensor_type"):
-                info.type.tensor_type.ClearField("shape")
+    for info in proto.graph.output:
+        # What a model declares of its outputs need not be true.
+        if info.type.HasField("tensor_type"):
+            info.type.tensor_type.ClearField("shape")
     for node in proto.graph.node:
-        if _is_disputed(node):
+        if model.disputed.intersection(node.output):
             # Of an operator that inference does not know, it leaves the shape open.
             node.op_type += "_disputed"
     try:
@@ -100,16 +100,21 @@ def _infer(
     }
 
 
-def _is_disputed(node: onnx.NodeProto) -> bool:
-    """Whether onnx and onnxruntime do not agree on the output's shape.
+_QUESTIONABLE = frozenset(
+    "AveragePool LpPool MaxPool MaxUnpool ConvTranspose Resize Upsample".split()
+)
+_PLAIN = frozenset({"kernel_shape", "strides", "pads", "count_include_pad", "group", "p"})
 
-    They differ on dilated pooling with automatic padding.
+
+def is_questionable(node: gs.Node) -> bool:
+    """Whether onnx and onnxruntime may not agree on the output's shape.
+
+    They differ on some cases of automatic or dilated pooling, of rounding up, of given output
+    sizes, and of scales that are no round numbers.
     """
-    if node.op_type not in ("AveragePool", "LpPool", "MaxPool"):
+    if node.domain or node.op not in _QUESTIONABLE:
         return False
-    attributes = {a.name: a for a in node.attribute}
-    dilated = "dilations" in attributes and any(d != 1 for d in attributes["dilations"].ints)
-    return dilated and "auto_pad" in attributes and attributes["auto_pad"].s.startswith(b"SAME")
+    return node.op in ("Resize", "Upsample") or not set(node.attrs) <= _PLAIN
 
 
 class Extent:

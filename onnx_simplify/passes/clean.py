@@ -113,12 +113,18 @@ def fold_constants(model: Model) -> None:
     values = run_nodes(model, inside, [t.name for t in results])
     if values is None:
         return
-    value_of = {t.name: np.asarray(v) for t, v in zip(results, values, strict=True)}
+    value_of = {
+        t.name: v
+        for t, v in zip(results, values, strict=True)
+        if isinstance(v, np.ndarray) and v.dtype.kind in "fiubcV"
+    }
     readers = consumers(model)
     dead = set()
     for node in inside:
         # Decided node by node, in order, so that a result does not depend on its neighbours.
         if not all(isinstance(t, gs.Constant) or not t.name for t in node.inputs):
+            continue
+        if not all(t.name in value_of for t in node.outputs if t.name):
             continue
         supply = sum(t.values.nbytes for t in node.inputs if isinstance(t, gs.Constant))
         size = sum(value_of[t.name].nbytes for t in node.outputs if t.name)

@@ -107,26 +107,33 @@ def _linear(node: gs.Node) -> Linear | None:
 def _folds_behind(model: Model, readers: Readers, node: gs.Node, bn: gs.Node) -> bool:
     rule = _linear(node)
     result = node.outputs[0]
-    if rule is None or result.shape is None or model.is_kept(result):
+    if rule is None or model.is_kept(result):
         return False
     if len(readers.get(result.name, [])) != 1:
         return False
     wiring = rule.wiring(node)
     channels = bn.inputs[1].values.size
     return (
-        wiring.axis_out % len(result.shape) == 1
+        _is_channel_axis(result, wiring.axis_out)
         and int(np.prod(rule.dims(node)[:2])) == channels
     )
+
+
+def _is_channel_axis(tensor: gs.Tensor, axis: int) -> bool:
+    """Whether an axis, perhaps counted from the end, is BatchNormalization's axis 1."""
+    if axis < 0 and tensor.shape is None:
+        return False
+    return (axis if axis >= 0 else axis + len(tensor.shape)) == 1
 
 
 def _folds_before(model: Model, node: gs.Node, bn: gs.Node, index: int) -> bool:
     rule = _linear(node)
     source = bn.outputs[0]
-    if rule is None or source.shape is None:
+    if rule is None:
         return False
     wiring = rule.wiring(node)
     groups, _, inputs = rule.dims(node)
-    if index != wiring.data or wiring.axis_in % len(source.shape) != 1:
+    if index != wiring.data or not _is_channel_axis(source, wiring.axis_in):
         return False
     if groups * inputs != bn.inputs[1].values.size:
         return False

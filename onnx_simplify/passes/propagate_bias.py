@@ -407,6 +407,7 @@ def _run_alone(
         [onnx.helper.make_tensor_value_info("result", kind, None)],
         [onnx.numpy_helper.from_array(node.inputs[weight].values.astype(np.float32), "weight")],
     )
-    single = onnx.ModelProto(ir_version=min(model.template.ir_version, 10), graph=graph)
-    single.opset_import.extend(model.template.opset_import)
+    # Of this operator set, in which the bias of all of them is optional.
+    opsets = [onnx.helper.make_opsetid("", 13)]
+    single = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8)
     return run_proto(single, {"data": values})[0]

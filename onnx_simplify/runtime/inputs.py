@@ -15,7 +15,7 @@ from onnx_simplify.graph.model import Model
 
 Feeds = dict[str, np.ndarray]
 
-_BATCH_HINTS = ("batch", "n", "bs", "b", "none", "unk")
+_BATCH_HINTS = ("batch", "n", "bs", "b")
 # Sizes tried for free spatial dimensions, in order; the first that the model accepts is used.
 _SIZES = (224, 64, 96, 128, 256, 320, 640, 32, 512, 16, 8, 100, 48, 299, 384, 1, 16000, 1000)
 _ELEMENT_BOUND = 2**21
@@ -98,6 +98,14 @@ def candidate_sizes(specs: Sequence[InputSpec]) -> Iterator[dict[str, int]]:
             if key not in seen:
                 seen.add(key)
                 yield sizes
+
+
+def unlikely_sizes(specs: Sequence[InputSpec]) -> Iterator[dict[str, int]]:
+    """Assignments with one size for all free dimensions, in case the first is no batch."""
+    batch, spatial = _free(specs)
+    for size in (64, 16, 32, 128, 8, 4) if batch else ():
+        if all(_volume(s, size) * size <= _ELEMENT_BOUND for s in specs):
+            yield dict.fromkeys([*batch, *spatial], size)
 
 
 def varied(

@@ -9,6 +9,8 @@ import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.analysis import Analysis
 from onnx_simplify.channels.values import VARYING, Constants
+from onnx_simplify.graph.model import Model
+from onnx_simplify.graph.shapes import is_questionable, static_shapes
 from onnx_simplify.runtime.inputs import Feeds
 from onnx_simplify.runtime.session import Session
 
@@ -49,12 +51,20 @@ def measure(analysis: Analysis, runs: Sequence[Feeds]) -> None:
     constants = Constants()
     if tensors:
         session = Session(analysis.model, [t.name for t in tensors])
+        tensor_of = {t.name: t for t in tensors}
         for names in _chunks(analysis, tensors, runs[0]):
             for number, feeds in enumerate(runs):
                 # One run's tensors at a time: they are large.
                 for name, values in zip(names, session.run(feeds, names), strict=True):
                     if number == 0:
-                        constants.record(name, analysis.level[name] > VARYING, values)
+                        constant = analysis.level[name] > VARYING
+                        dims = analysis.shape(tensor_of[name])
+                        # Shape inference and onnxruntime do not agree on everything.
+                        as_expected = len(dims) == values.ndim and all(
+                            d == s for d, s in zip(dims, values.shape, strict=True)
+                            if isinstance(d, int)
+                        )
+                        constants.record(name, constant & as_expected, values)
                     else:
                         constants.confirm(name, values, same_sizes=number == 1)
     analysis.constants = constants
@@ -77,3 +87,28 @@ def _chunks(analysis: Analysis, tensors: list[gs.Tensor], feeds: Feeds) -> list[
         chunks[-1].append(tensor.name)
         total += size
     return chunks
+
+
+def settle_disputes(model: Model, feeds: Feeds | None) -> None:
+    """Find the tensors whose shapes in onnxruntime are not those that onnx infers, in place.
+
+    Only outputs of nodes on which the two are known to differ are looked at.
+
+    Args:
+        model: a cleaned model; ``model.disputed`` is set.
+        feeds: inputs to run it with; without, all of these shapes count as disputed.
+    """
+    names = [n.outputs[0].name for n in model.graph.nodes if is_questionable(n)]
+    model.disputed = frozenset(names if feeds is None else ())
+    if not names or feeds is None:
+        return
+    inferred = static_shapes(model, {n: list(v.shape) for n, v in feeds.items()})
+    found = Session(model, names).run(feeds, names)
+    model.disputed = frozenset(
+        name
+        for name, values in zip(names, found, strict=True)
+        if any(
+            size not in (None, actual)
+            for size, actual in zip(inferred.get(name, []), values.shape, strict=False)
+        )
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from onnx_simplify.runtime.inputs import (
     input_specs,
     is_free,
     make_feeds,
+    unlikely_sizes,
     varied,
 )
 from onnx_simplify.runtime.session import Session
@@ -135,9 +137,8 @@ class Reference:
 
     def _run_random(self, model: Model, session: Session, count: int) -> None:
         reason = ""
-        for attempt, sizes in enumerate(candidate_sizes(self.specs)):
-            if attempt == _ATTEMPTS:
-                break
+        likely = islice(candidate_sizes(self.specs), _ATTEMPTS)
+        for sizes in chain(likely, unlikely_sizes(self.specs)):
             try:
                 self.runs = [self._once(model, session, sizes, seed) for seed in range(count)]
             except Exception as error:

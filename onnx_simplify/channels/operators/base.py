@@ -52,10 +52,7 @@ class Operator:
 
     def need(self, node: gs.Node, analysis: Analysis, outputs: Masks) -> Masks:
         """Positions of each input that the needed positions of the outputs depend on."""
-        return [
-            np.ones(analysis.layouts.of[t.name].shape, bool) if analysis.has(t) else None
-            for t in node.inputs
-        ]
+        return analysis.all_of(node.inputs)
 
     def constrain(self, node: gs.Node, analysis: Analysis, alive: np.ndarray) -> bool:
         """Revive channels (in ``alive``, by label) so that :meth:`shrink` is possible.
@@ -87,6 +84,7 @@ class Shape(Operator):
     def layout(self, node: gs.Node, layouts: Layouts) -> None:
         """The input's channels are free to go; the output is an ordinary vector."""
         layouts(node.inputs[0])
+        layouts.require_where(node)
         output = layouts.untracked(node.outputs[0])
         layouts.freeze(output)
         layouts.set(node.outputs[0], output)

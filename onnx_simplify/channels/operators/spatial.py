@@ -56,6 +56,9 @@ class Spatial(Operator):
         level = min_to(
             analysis.level[source.name], analysis.layouts.of[node.outputs[0].name].shape
         )
+        output = analysis.shape(node.outputs[0])
+        if not is_static(output, range(2, len(output))):
+            level = np.where(level == MAP, VARYING, level)
         if not self.keeps_uniform(node, analysis):
             shapes = analysis.shape(source), analysis.shape(node.outputs[0])
             axes = self.spread_axes(node, analysis)
@@ -72,14 +75,9 @@ class Spatial(Operator):
 
     def need(self, node: gs.Node, analysis: Analysis, outputs: Masks) -> Masks:
         """Channel by channel."""
-        found: Masks = [None] * len(node.inputs)
         assert outputs[0] is not None
         shape = analysis.layouts.of[node.inputs[0].name].shape
-        found[0] = np.broadcast_to(outputs[0], shape)
-        for index, tensor in enumerate(node.inputs[1:], start=1):
-            if analysis.has(tensor):
-                found[index] = np.ones(analysis.layouts.of[tensor.name].shape, bool)
-        return found
+        return [np.broadcast_to(outputs[0], shape), *analysis.all_of(node.inputs[1:])]
 
     def wants_values(self, node: gs.Node, analysis: Analysis) -> list[int]:
         """Zeros are special where padding brings in zeros."""
@@ -149,9 +147,16 @@ class Pad(Operator):
         """(before, after) by axis; None when they are computed."""
         rank = len(layouts.shape(node.inputs[0]))
         pads = constant_ints(node, 1, "pads")
-        if pads is None or has_input(node, 3) or len(pads) != 2 * rank:
+        given = constant_input(node, 3)
+        if pads is None or (has_input(node, 3) and given is None):
             return None
-        return list(zip(pads[:rank], pads[rank:], strict=True))
+        axes = list(range(rank)) if given is None else [int(a) % rank for a in given.ravel()]
+        if len(pads) != 2 * len(axes):
+            return None
+        found = [(0, 0)] * rank
+        for axis, before, after in zip(axes, pads, pads[len(axes) :], strict=False):
+            found[axis] = (before, after)
+        return found
 
     def layout(self, node: gs.Node, layouts: Layouts) -> None:
         """Channels pass through; a padded channel axis gets new ones, never removed."""
@@ -159,10 +164,7 @@ class Pad(Operator):
         amounts = self.amounts(node, layouts)
         tracked = [a for a, s in enumerate(source.shape) if s > 1]
         if amounts is None:
-            if tracked != [1] or layouts.shape(node.outputs[0])[1] != source.shape[1]:
-                raise Unsupported("amounts are computed")
-            layouts.set(node.outputs[0], source)
-            return
+            raise Unsupported("amounts are computed")
         width = [amounts[a] if a in tracked else (0, 0) for a in range(source.ndim)]
         if any(v < 0 for pair in width for v in pair):
             raise Unsupported("channels are cropped")
@@ -188,7 +190,10 @@ class Pad(Operator):
             for a, s in enumerate(level.shape)
             if s == 1 and (amounts is None or amounts[a] != (0, 0))
         ]
-        if node.attrs.get("mode", "constant") == "constant" and axes:
+        known = not has_input(node, 2) or constant_input(node, 2) is not None
+        if not known and axes:
+            level = np.full(level.shape, VARYING, np.int8)
+        elif node.attrs.get("mode", "constant") == "constant" and axes:
             sizes = analysis.shape(source), analysis.shape(node.outputs[0])
             static = all(is_static(s, axes) for s in sizes)
             same = np.zeros(level.shape, bool)
@@ -199,7 +204,6 @@ class Pad(Operator):
             level = np.where(same, level, np.minimum(level, MAP if static else VARYING))
         if level.shape != shape and amounts is not None:
             width = [p if s > 1 else (0, 0) for p, s in zip(amounts, level.shape, strict=True)]
-            known = not has_input(node, 2) or constant_input(node, 2) is not None
             level = np.pad(level, width, constant_values=UNIFORM if known else VARYING)
         return [level]
 
@@ -217,11 +221,7 @@ class Pad(Operator):
                     for (before, _), size in zip(amounts, shape, strict=True)
                 )
             ]
-        found: Masks = [wanted]
-        for tensor in node.inputs[1:]:
-            known = analysis.has(tensor)
-            found.append(np.ones(analysis.layouts.of[tensor.name].shape, bool) if known else None)
-        return found
+        return [wanted, *analysis.all_of(node.inputs[1:])]
 
     def wants_values(self, node: gs.Node, analysis: Analysis) -> list[int]:
         """Zeros padded with zeros stay uniform."""
@@ -282,7 +282,7 @@ class Reduce(Operator):
         """Channel by channel."""
         assert outputs[0] is not None
         shape = analysis.layouts.of[node.inputs[0].name].shape
-        return [outputs[0].reshape(shape), *[None] * (len(node.inputs) - 1)]
+        return [outputs[0].reshape(shape), *analysis.all_of(node.inputs[1:])]
 
 
 _ZERO_REDUCTIONS = frozenset({"ReduceSum", "ReduceL1", "ReduceL2", "ReduceSumSquare"})

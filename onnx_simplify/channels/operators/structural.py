@@ -80,6 +80,9 @@ class Structural(Operator):
     def level(self, node: gs.Node, analysis: Analysis) -> Masks:
         """Levels move with their elements."""
         levels = [analysis.level[t.name] for t in self._data(node)]
+        if any(t.name and not isinstance(t, gs.Constant) for t in node.inputs[len(levels) :]):
+            # Where elements go is computed: what is not the same everywhere may come to vary.
+            levels = [np.where(level == MAP, VARYING, level) for level in levels]
         results: Masks = []
         moved = self.move(node, analysis.layouts, levels)
         for tensor, level in zip(node.outputs, moved, strict=True):
@@ -104,7 +107,7 @@ class Structural(Operator):
         for wanted, origin in zip(outputs, moved, strict=True):
             if wanted is not None:
                 found[origin[np.broadcast_to(wanted, origin.shape)]] = True
-        masks: Masks = [None] * len(node.inputs)
+        masks: Masks = analysis.all_of(node.inputs)
         for index, (start, size, shape) in enumerate(zip(starts, sizes, shapes, strict=False)):
             masks[index] = found[start : start + size].reshape(shape)
         return masks
@@ -137,6 +140,8 @@ class Reshape(Structural):
 
     def move(self, node: gs.Node, layouts: Layouts, arrays: list[np.ndarray]) -> list[np.ndarray]:
         """Reshape block by block: axes of a block without tracked axes stay untracked."""
+        if node.op == "Reshape" and not isinstance(node.inputs[1], gs.Constant):
+            layouts.require_where(node)
         source, target = layouts.shape(node.inputs[0]), self.target(node, layouts)
         if 0 in source or 0 in target:
             raise Unsupported("an empty tensor")
@@ -213,6 +218,7 @@ class Expand(Structural):
         """Add leading axes; repeated axes are untracked."""
         rank = len(layouts.shape(node.outputs[0]))
         array = arrays[0]
+        layouts.require_where(node)
         if rank < array.ndim:
             raise Unsupported("rank shrinks")
         return [array.reshape((1,) * (rank - array.ndim) + array.shape)]
