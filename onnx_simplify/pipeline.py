@@ -29,6 +29,8 @@ from onnx_simplify.runtime.verify import Reference
 
 PASSES = ("fold_batchnorm", "propagate_bias", "remove_zeroed")
 
+# So often the passes run at most; almost always one turn is all it takes.
+_TURNS = 4
 _HALF_PRECISION = ("float16", "bfloat16")
 
 
@@ -140,23 +142,31 @@ def simplify_in_place(
             if analysis.is_opaque(n)
         ]
 
-    if "propagate_bias" not in options.skip and reference is not None:
-        step("absorbing constants")
-        propagate_bias(model, planner, reference.feeds, observe=observe)
-    else:
+    if reference is None or "propagate_bias" in options.skip:
         observe(Analysis(model))
-        if "remove_zeroed" not in options.skip and reference is not None:
-            propagate_bias(model, planner, reference.feeds, only_zeros=True)
-    if "remove_zeroed" not in options.skip:
-        step("removing channels")
-        remove_zeroed(model, planner)
-    clean(model)
-    if "fold_batchnorm" not in options.skip and any(
-        n.op == "BatchNormalization" for n in model.graph.nodes
-    ):
-        # Nodes that stood in between may be gone.
-        infer(model)
-        report.batchnorms_folded += fold_batchnorm(model)
+    for turn in range(_TURNS):
+        present = {id(n) for n in model.graph.nodes}
+        if reference is not None and not {"propagate_bias", "remove_zeroed"} <= set(options.skip):
+            step("absorbing constants")
+            propagate_bias(
+                model,
+                planner,
+                reference.feeds,
+                only_zeros="propagate_bias" in options.skip,
+                observe=observe if turn == 0 and "propagate_bias" not in options.skip else None,
+            )
+        if "remove_zeroed" not in options.skip:
+            step("removing channels")
+            remove_zeroed(model, planner)
+        clean(model)
+        if "fold_batchnorm" not in options.skip and any(
+            n.op == "BatchNormalization" for n in model.graph.nodes
+        ):
+            infer(model)
+            report.batchnorms_folded += fold_batchnorm(model)
+        if present <= {id(n) for n in model.graph.nodes}:
+            break
+        # Where nodes are gone, others may have become neighbours, or constant.
     compress_maps(model)
     after = layers(model)
     for node, layer in before.items():

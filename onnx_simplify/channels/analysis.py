@@ -60,6 +60,7 @@ class Analysis:
         # Before version 7 of the operator set, broadcasting followed other rules.
         rule = lookup(node) if self.model.opset >= 7 else OPAQUE
         try:
+            self.layouts.refine(node.outputs[0], rule.sizes(node, self.layouts))
             rule.layout(node, self.layouts)
         except Unsupported as reason:
             self.layouts.opaque[id(node)] = str(reason)

@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 
 from onnx_simplify.graph.edit import consumers
 from onnx_simplify.graph.model import Model
-from onnx_simplify.graph.shapes import Dim
+from onnx_simplify.graph.shapes import Dim, is_unknown
 
 # A layout with more positions than this is not tracked: the arrays would cost more than they save.
 _LARGEST = 1 << 24
@@ -70,6 +70,15 @@ class Layouts:
             raise Unsupported(f"'{tensor.name}' has no channels to follow")
         return layout
 
+    def refine(self, tensor: gs.Tensor, shape: list[Dim] | None) -> None:
+        """Replace sizes that shape inference left open by better ones."""
+        if shape is None or tensor.shape is None or len(shape) != len(tensor.shape):
+            return
+        tensor.shape = [
+            better if is_unknown(known) else known
+            for known, better in zip(tensor.shape, shape, strict=True)
+        ]
+
     def require_where(self, node: gs.Node) -> None:
         """Make sure that computed sizes could be overwritten, see :class:`Cut`.
 
@@ -118,6 +127,8 @@ class Layouts:
 
     def set(self, tensor: gs.Tensor, layout: np.ndarray) -> None:
         """Record the layout of a node's output."""
+        if len(self.shape(tensor)) != layout.ndim:
+            raise Unsupported(f"'{tensor.name}' does not have the expected rank")
         if layout.size > _LARGEST:
             raise Unsupported(f"'{tensor.name}' has too many positions")
         self.of[tensor.name] = layout

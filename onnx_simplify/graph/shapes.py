@@ -200,6 +200,11 @@ def _smaller(left: Extent, right: Extent) -> bool:
     return weight < (sum(right.symbols.values()), right.number)
 
 
+def is_unknown(dim: Dim) -> bool:
+    """Whether a symbol stands for nothing but itself: inference left the size open."""
+    return isinstance(dim, str) and dim.startswith(("?", "unk__"))
+
+
 def resolve(
     source: Sequence[Dim], inferred: Sequence[Dim], request: Sequence[int] | None = None
 ) -> list[Dim]:

@@ -46,6 +46,14 @@ class Operator:
                 layouts.freeze(layout)
                 layouts.set(tensor, layout)
 
+    def sizes(self, node: gs.Node, layouts: Layouts) -> list[Dim] | None:
+        """The first output's shape, where it follows from those of the inputs symbol by symbol.
+
+        Shape inference knows nothing of a dynamic size after a convolution, not even that it is
+        the same as before.
+        """
+        return None
+
     def level(self, node: gs.Node, analysis: Analysis) -> Masks:
         """Level of constancy of each output (None: everything varies)."""
         return [None] * len(node.outputs)
@@ -152,6 +160,24 @@ def constant_ints(node: gs.Node, index: int, attribute: str) -> list[int] | None
 def is_static(shape: list[Dim], axes: list[int] | range) -> bool:
     """Whether the sizes along all ``axes`` are known."""
     return all(isinstance(shape[a], int) for a in axes)
+
+
+def windowed(node: gs.Node, sizes: list[Dim], kernel: list[int]) -> list[Dim]:
+    """Sizes after a sliding window, where they are those before; ``?`` elsewhere."""
+    rank = len(sizes)
+    pads = attr_ints(node, "pads", [0] * 2 * rank)
+    strides = attr_ints(node, "strides", [1] * rank)
+    dilations = attr_ints(node, "dilations", [1] * rank)
+    if node.attrs.get("auto_pad", "NOTSET") != "NOTSET" or not (
+        len(kernel) == len(strides) == len(dilations) == rank == len(pads) // 2
+    ):
+        return ["?"] * rank
+    return [
+        size
+        if strides[k] == 1 and pads[k] + pads[k + rank] == dilations[k] * (kernel[k] - 1)
+        else "?"
+        for k, size in enumerate(sizes)
+    ]
 
 
 def reduce_to(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -23,9 +23,11 @@ from onnx_simplify.channels.operators.base import (
     has_input,
     is_static,
     min_to,
+    windowed,
 )
 from onnx_simplify.channels.values import MAP, UNIFORM, VARYING
 from onnx_simplify.graph.edit import Values, ZeroedSlices
+from onnx_simplify.graph.shapes import Dim
 
 if TYPE_CHECKING:
     from onnx_simplify.channels.analysis import Analysis
@@ -404,6 +406,13 @@ class Convolution(Linear):
     def from_canonical(self, node: gs.Node, weight: np.ndarray) -> np.ndarray:
         """Join the groups' outputs."""
         return weight.reshape(-1, *weight.shape[2:])
+
+    def sizes(self, node: gs.Node, layouts: Layouts) -> list[Dim] | None:
+        """Sizes stay where padding makes up for the window."""
+        source, weight = layouts.shape(node.inputs[0]), constant_shape(node, 1)
+        if len(weight) != len(source):
+            return None
+        return [source[0], weight[0], *windowed(node, source[2:], weight[2:])]
 
     def spread_axes(self, node: gs.Node) -> list[int]:
         """Axes along which the window may reach over the border."""

@@ -17,8 +17,10 @@ from onnx_simplify.channels.operators.base import (
     has_input,
     is_static,
     min_to,
+    windowed,
 )
 from onnx_simplify.channels.values import MAP, UNIFORM, VARYING
+from onnx_simplify.graph.shapes import Dim
 
 if TYPE_CHECKING:
     from onnx_simplify.channels.analysis import Analysis
@@ -88,11 +90,20 @@ class GlobalPool(Spatial):
     """``GlobalAveragePool`` and ``GlobalMaxPool``."""
 
 
-class MaxPool(Spatial):
+class Window(Spatial):
+    """Pooling over a sliding window."""
+
+    def sizes(self, node: gs.Node, layouts: Layouts) -> list[Dim] | None:
+        """Sizes stay where padding makes up for the window."""
+        source = layouts.shape(node.inputs[0])
+        return [*source[:2], *windowed(node, source[2:], attr_ints(node, "kernel_shape", []))]
+
+
+class MaxPool(Window):
     """``MaxPool``: padding never wins (https://onnx.ai/onnx/operators/onnx__MaxPool.html)."""
 
 
-class AveragePool(Spatial):
+class AveragePool(Window):
     """``AveragePool`` (also ``LpPool``): padding may count as zeros.
 
     https://onnx.ai/onnx/operators/onnx__AveragePool.html
