@@ -706,9 +706,7 @@ def test_bad_usage(cli, path, arguments):
     out = path.with_name("out.onnx")
     result = cli(*(a.replace("{in}", str(path)).replace("{out}", str(out)) for a in arguments))
     assert result.code == 2 and result.out == ""
-    # The usage comes first, as everywhere.
-    assert result.err.startswith("usage: onnx-simplify ")
-    assert result.err.splitlines()[-1].startswith("onnx-simplify: error: ")
+    assert result.err.startswith("onnx-simplify: error: ") and result.err.count("\n") == 1
     assert list(files(path.parent)) == ["in.onnx"]
 
 
