@@ -16,7 +16,7 @@ from onnx_simplify.channels.operators import lookup
 from onnx_simplify.channels.operators.linear import Linear
 from onnx_simplify.graph.edit import label
 from onnx_simplify.graph.model import Model
-from onnx_simplify.graph.shapes import static_shapes
+from onnx_simplify.graph.shapes import infer
 from onnx_simplify.graph.store import serialized_size
 from onnx_simplify.passes.clean import clean
 from onnx_simplify.passes.fold_shapes import fold_shapes
@@ -30,7 +30,7 @@ class Figures:
 
     Attributes:
         nodes: number of nodes by operator.
-        parameters: number of elements in initializers.
+        parameters: number of elements in initializers and ``Constant`` nodes.
         macs: multiply-accumulate operations for one inference at ``sizes``; None if unknown.
         bytes: size of the serialized model.
     """
@@ -137,9 +137,13 @@ def figures(model: Model, shapes: Mapping[str, Sequence[int]]) -> Figures:
         model: the model.
         shapes: sizes of the inputs to count MACs for.
     """
+    stored = [tuple(t.shape) for t in model.initializers().values()]
+    for node in model.graph.nodes:
+        if node.op == "Constant":
+            stored += [tuple(v.shape) for v in node.attrs.values() if isinstance(v, gs.Constant)]
     return Figures(
         nodes=dict(sorted(Counter(n.op for n in model.graph.nodes).items())),
-        parameters=sum(int(np.prod(t.shape)) for t in model.initializers().values()),
+        parameters=sum(int(np.prod(shape)) for shape in stored),
         macs=count_macs(model, shapes),
         bytes=serialized_size(model),
     )
@@ -147,21 +151,25 @@ def figures(model: Model, shapes: Mapping[str, Sequence[int]]) -> Figures:
 
 def count_macs(model: Model, shapes: Mapping[str, Sequence[int]]) -> int | None:
     """Multiply-accumulate operations of all layers with weights; None if sizes are not known."""
-    found = static_shapes(model, shapes)
-    if any(None in size for size in found.values()):
+    model = model.copy()
+    if any(n.op == "Constant" for n in model.graph.nodes):
+        clean(model)
+    infer(model, shapes)
+    if not all(_is_known(t) for n in model.graph.nodes for t in n.outputs):
         # Sizes are computed on the way: follow the computation for these inputs.
-        model = model.copy()
         clean(model)
         fold_shapes(model, shapes)
-        found = static_shapes(model, shapes)
     total = 0
     for node, rule in _weighted(model):
-        tensors = [t.name for t in (*node.inputs, *node.outputs) if t.name in found]
-        sizes = {name: found[name] for name in tensors}
-        if any(None in size for size in sizes.values()) or node.outputs[0].name not in sizes:
+        tensors = [t for t in (*node.inputs, *node.outputs) if not isinstance(t, gs.Constant)]
+        if not all(_is_known(t) for t in tensors if t.name):
             return None
-        total += rule.macs(node, sizes)
+        total += rule.macs(node, {t.name: list(t.shape) for t in tensors if t.name})
     return total
+
+
+def _is_known(tensor: gs.Tensor) -> bool:
+    return tensor.shape is not None and all(isinstance(d, int) for d in tensor.shape)
 
 
 def layers(model: Model) -> dict[int, Layer]:
