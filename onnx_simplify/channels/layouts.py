@@ -94,15 +94,6 @@ class Layouts:
         self._count += count
         return ids
 
-    def fresh_axis(self, tensor: gs.Tensor, axis: int) -> np.ndarray:
-        """A layout for ``tensor`` with new ids along one axis of static size."""
-        shape = self.shape(tensor)
-        axis %= len(shape)
-        size = shape[axis]
-        if not isinstance(size, int) or size < 1:
-            raise Unsupported(f"number of channels of '{tensor.name}' is not static")
-        return self.fresh(size).reshape([size if k == axis else 1 for k in range(len(shape))])
-
     def untracked(self, tensor: gs.Tensor) -> np.ndarray:
         """A layout for ``tensor`` with one new id and no tracked axis."""
         return self.fresh(1).reshape([1] * len(self.shape(tensor)))

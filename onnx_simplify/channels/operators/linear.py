@@ -386,6 +386,13 @@ class Linear(Operator):
         return positions * int(np.prod(node.inputs[wiring.weight].shape))
 
 
+def _convolution_wiring(node: gs.Node) -> Wiring:
+    """Data, weight and bias in this order, channels on axis 1."""
+    if len(constant_shape(node, 1)) < 3:
+        raise Unsupported("weight is not an initializer")
+    return Wiring(0, 1, 2, int(node.attrs.get("group", 1)), 1, 1)
+
+
 class Convolution(Linear):
     """``Conv``: weight ``[O, I/group, *kernel]``; zero padding turns constants into maps.
 
@@ -394,9 +401,7 @@ class Convolution(Linear):
 
     def wiring(self, node: gs.Node) -> Wiring:
         """Input 0 and weight 1, channels on axis 1."""
-        if len(constant_shape(node, 1)) < 3:
-            raise Unsupported("weight is not an initializer")
-        return Wiring(0, 1, 2, int(node.attrs.get("group", 1)), 1, 1)
+        return _convolution_wiring(node)
 
     def to_canonical(self, node: gs.Node, weight: np.ndarray) -> np.ndarray:
         """Split the outputs by group."""
@@ -443,9 +448,7 @@ class TransposedConvolution(Linear):
 
     def wiring(self, node: gs.Node) -> Wiring:
         """Input 0 and weight 1, channels on axis 1."""
-        if len(constant_shape(node, 1)) < 3:
-            raise Unsupported("weight is not an initializer")
-        return Wiring(0, 1, 2, int(node.attrs.get("group", 1)), 1, 1)
+        return _convolution_wiring(node)
 
     def to_canonical(self, node: gs.Node, weight: np.ndarray) -> np.ndarray:
         """Split the inputs by group and put outputs first."""
