@@ -233,7 +233,9 @@ def test_computed_indices_are_needed_and_move_maps(op):
     x = g.input("x", [1, 3, 8, 8])
     y = g.conv(x, pruned(g.normal(4, 3, 1, 1), [0, 2]), g.normal(4))
     position = g.op("Add", y, g.normal(1, 1, 8, 1))
-    pooled = g.op("Reshape", g.op("GlobalMaxPool", g.conv(x, g.normal(1, 3, 1, 1))), np.array([1]))
+    indices = 5 if op == "Gather" else 1
+    pooled = g.op("GlobalMaxPool", g.conv(x, g.normal(indices, 3, 1, 1)))
+    pooled = g.op("Reshape", pooled, np.array([indices]))
     index = g.op("Cast", g.op("Floor", g.op("Abs", pooled)), to=7)
     index = g.op("Min", index, np.array([7]))
     if op == "Gather":
