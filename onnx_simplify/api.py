@@ -7,6 +7,18 @@ gives a new, valid ``ModelProto``.
 
     model, report = onnx_simplify.simplify("pruned.onnx")
     print(report.channels_removed, report.verification.worst)
+
+or step by step:
+
+    import onnx_simplify
+
+    print(onnx_simplify.get_bn_folding("pruned.onnx"))
+    folded = onnx_simplify.fold_batchnorm("pruned.onnx")
+    shifted = onnx_simplify.propagate_bias(folded, pinned=onnx_simplify.get_pinned(folded))
+    small = onnx_simplify.remove_zeroed(shifted)
+    assert onnx_simplify.verify("pruned.onnx", small).passed
+    times = onnx_simplify.benchmark({"dense": "pruned.onnx", "small": small}, rounds=3)
+    print(times["dense"].median / times["small"].median)
 """
 
 from __future__ import annotations
