@@ -37,6 +37,8 @@ from onnx_simplify.runtime.session import run_proto
 
 # Larger arrays are computed at run time rather than stored.
 _LARGEST_CONSTANT = 1 << 24
+# A channel stands for others that are up to so many times larger: rounding grows with the ratio.
+_LARGEST_RATIO = 8
 
 
 def propagate_bias(
@@ -302,15 +304,20 @@ def _decide(
     if (reader.absorb & reader.mapped).any() or (groups > 1 and static):
         return
     live = int(np.count_nonzero(alive[reader.labels]))
-    chosen = alive[reader.labels] & padded
-    if not chosen.any() and not planner.prefers_representative(live, static):
+    # A constant channel that stays anyway stands for the others at no cost.
+    staying = reader.padded & alive[reader.labels]
+    largest = np.abs(reader.values[padded]).max()
+    staying &= np.abs(np.nan_to_num(reader.values)) * _LARGEST_RATIO >= largest
+    if not staying.any() and not planner.prefers_representative(live, static):
         return
     for group in range(groups):
-        members = np.flatnonzero(padded[group * inputs : (group + 1) * inputs]) + group * inputs
+        start = group * inputs
+        members = np.flatnonzero(padded[start : start + inputs]) + start
         if not members.size:
             continue
-        first = [m for m in members if chosen[m]] or members
-        best = first[int(np.argmax(np.abs(reader.values[first])))]
+        able = np.flatnonzero(staying[start : start + inputs]) + start
+        able = able if able.size else members
+        best = able[int(np.argmax(np.abs(reader.values[able])))]
         reader.representative[members] = best
         reader.absorb[best] = False
         alive[reader.labels[best]] = True
