@@ -50,8 +50,9 @@ def check(seed: int) -> Outcome:
     except CannotVerifyError as error:
         return Outcome("unverified", str(error))
     except VerificationError as error:
-        excused = half or jumps or operators & STEEP
-        return Outcome("ok" if excused and "as much as" in str(error) else "refused", str(error))
+        # Nothing is written then; the rounding of half precision alone can exceed the bound.
+        steep = (jumps or operators & STEEP) and "as much as" in str(error)
+        return Outcome("ok" if half or steep else "refused", str(error))
     except Exception as error:
         return Outcome("crash", f"{type(error).__name__}: {error}")
     onnx.checker.check_model(result, full_check=True)
