@@ -70,12 +70,12 @@ class Layouts:
             raise Unsupported(f"'{tensor.name}' has no channels to follow")
         return layout
 
-    def refine(self, tensor: gs.Tensor, shape: list[Dim] | None) -> None:
+    def refine(self, tensor: gs.Tensor, shape: Sequence[Dim | None] | None) -> None:
         """Replace sizes that shape inference left open by better ones."""
         if shape is None or tensor.shape is None or len(shape) != len(tensor.shape):
             return
         tensor.shape = [
-            better if is_unknown(known) else known
+            better if better is not None and is_unknown(known) else known
             for known, better in zip(tensor.shape, shape, strict=True)
         ]
 

@@ -253,7 +253,7 @@ def _absorb(
         _decide(analysis, planner, reader, dead, alive)
     editor = Editor(analysis.model, analysis.layouts.readers)
     for reader in readers:
-        _rewrite(analysis, editor, reader, alive)
+        _rewrite(analysis, editor, reader)
     editor.finish()
 
 
@@ -323,7 +323,7 @@ def _decide(
         alive[reader.labels[best]] = True
 
 
-def _rewrite(analysis: Analysis, editor: Editor, reader: _Reader, alive: np.ndarray) -> None:
+def _rewrite(analysis: Analysis, editor: Editor, reader: _Reader) -> None:
     if not reader.absorb.any():
         return
     node, rule = reader.node, reader.rule
@@ -334,9 +334,7 @@ def _rewrite(analysis: Analysis, editor: Editor, reader: _Reader, alive: np.ndar
     addend = None
     if mapped.any():
         addend = _response_map(analysis, reader, mapped)
-        _, outputs = rule.channels(node, analysis)
         axis = rule.wiring(node).axis_out % addend.ndim
-        addend = _forget(addend, axis, ~alive[outputs])
         flat = np.moveaxis(addend, axis, 0).reshape(addend.shape[axis], -1)
         if np.allclose(flat, flat[:, :1], rtol=1e-6, atol=1e-12):
             shift += flat[:, 0]
@@ -361,12 +359,6 @@ def _merge_columns(reader: _Reader, stands_for: np.ndarray, editor: Editor) -> N
         extra = weight[group, :, channel % inputs] * weight.dtype.type(ratio)
         weight[group, :, other % inputs] += extra
     reader.rule.set_weights(reader.node, weight, editor.put)
-
-
-def _forget(array: np.ndarray, axis: int, mask: np.ndarray) -> np.ndarray:
-    """Zero the positions of channels that nobody will read."""
-    shape = [-1 if a == axis else 1 for a in range(array.ndim)]
-    return np.where(mask.reshape(shape), 0, array)
 
 
 def _response_map(analysis: Analysis, reader: _Reader, mask: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ Every array of ids, levels or masks is shaped like the *layout* of the tensor it
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -46,7 +47,7 @@ class Operator:
                 layouts.freeze(layout)
                 layouts.set(tensor, layout)
 
-    def sizes(self, node: gs.Node, layouts: Layouts) -> list[Dim] | None:
+    def sizes(self, node: gs.Node, layouts: Layouts) -> Sequence[Dim | None] | None:
         """The first output's shape, where it follows from those of the inputs symbol by symbol.
 
         Shape inference knows nothing of a dynamic size after a convolution, not even that it is
@@ -162,8 +163,8 @@ def is_static(shape: list[Dim], axes: list[int] | range) -> bool:
     return all(isinstance(shape[a], int) for a in axes)
 
 
-def windowed(node: gs.Node, sizes: list[Dim], kernel: list[int]) -> list[Dim]:
-    """Sizes after a sliding window, where they are those before; ``?`` elsewhere."""
+def windowed(node: gs.Node, sizes: list[Dim], kernel: list[int]) -> list[Dim | None]:
+    """Sizes after a sliding window, where they are those before; None elsewhere."""
     rank = len(sizes)
     pads = attr_ints(node, "pads", [0] * 2 * rank)
     strides = attr_ints(node, "strides", [1] * rank)
@@ -171,11 +172,11 @@ def windowed(node: gs.Node, sizes: list[Dim], kernel: list[int]) -> list[Dim]:
     if node.attrs.get("auto_pad", "NOTSET") != "NOTSET" or not (
         len(kernel) == len(strides) == len(dilations) == rank == len(pads) // 2
     ):
-        return ["?"] * rank
+        return [None] * rank
     return [
         size
         if strides[k] == 1 and pads[k] + pads[k + rank] == dilations[k] * (kernel[k] - 1)
-        else "?"
+        else None
         for k, size in enumerate(sizes)
     ]
 

@@ -28,14 +28,14 @@ NAMES = frozenset(
 class Elementwise(Operator):
     """Any broadcasting operator: operands at the same position share their channel."""
 
-    def sizes(self, node: gs.Node, layouts: Layouts) -> list[Dim] | None:
+    def sizes(self, node: gs.Node, layouts: Layouts) -> list[Dim | None] | None:
         """Where all operands that are not broadcast have the same size, the result has it too."""
         shapes = [layouts.shape(t) for t in node.inputs if t.name]
         rank = max(len(s) for s in shapes)
-        found: list[Dim] = []
+        found: list[Dim | None] = []
         for axis in range(-rank, 0):
             dims = {s[axis] for s in shapes if len(s) >= -axis and s[axis] != 1} or {1}
-            found.append(dims.pop() if len(dims) == 1 else "?")
+            found.append(dims.pop() if len(dims) == 1 else None)
         return found
 
     def layout(self, node: gs.Node, layouts: Layouts) -> None:

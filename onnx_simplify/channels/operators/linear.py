@@ -412,7 +412,7 @@ class Convolution(Linear):
         """Join the groups' outputs."""
         return weight.reshape(-1, *weight.shape[2:])
 
-    def sizes(self, node: gs.Node, layouts: Layouts) -> list[Dim] | None:
+    def sizes(self, node: gs.Node, layouts: Layouts) -> list[Dim | None] | None:
         """Sizes stay where padding makes up for the window."""
         source, weight = layouts.shape(node.inputs[0]), constant_shape(node, 1)
         if len(weight) != len(source):

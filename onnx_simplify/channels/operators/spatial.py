@@ -93,7 +93,7 @@ class GlobalPool(Spatial):
 class Window(Spatial):
     """Pooling over a sliding window."""
 
-    def sizes(self, node: gs.Node, layouts: Layouts) -> list[Dim] | None:
+    def sizes(self, node: gs.Node, layouts: Layouts) -> list[Dim | None] | None:
         """Sizes stay where padding makes up for the window."""
         source = layouts.shape(node.inputs[0])
         return [*source[:2], *windowed(node, source[2:], attr_ints(node, "kernel_shape", []))]
