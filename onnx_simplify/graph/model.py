@@ -213,7 +213,7 @@ class Model:
             graph.node.append(self.export_node(node))
         constants = self.initializers()
         for name, tensor in constants.items():
-            if _nbytes(tensor) <= INLINE_BYTES or _is_text(tensor.dtype):
+            if _nbytes(tensor) <= INLINE_BYTES or _stays_inline(tensor.dtype):
                 graph.initializer.append(numpy_helper.from_array(np.asarray(tensor.values), name))
             else:
                 graph.initializer.append(_placeholder(name, tensor.dtype, tensor.shape))
@@ -339,7 +339,7 @@ def load(source: ModelSource) -> Model:
     _check(proto)
     for tensor in proto.graph.initializer:
         values = arrays[tensor.name]
-        if values.nbytes > INLINE_BYTES and not _is_text(values.dtype):
+        if values.nbytes > INLINE_BYTES and not _stays_inline(values.dtype):
             tensor.CopyFrom(_placeholder(tensor.name, values.dtype, values.shape))
         elif tensor.data_location == TensorProto.EXTERNAL:
             tensor.CopyFrom(numpy_helper.from_array(np.array(values), tensor.name))
@@ -499,8 +499,11 @@ def _value_info(tensor: gs.Constant) -> onnx.ValueInfoProto:
     )
 
 
-def _is_text(dtype: object) -> bool:
-    return np.dtype(dtype).kind in "OSU"  # type: ignore[call-overload]
+def _stays_inline(dtype: object) -> bool:
+    """Whether bytes of an array of this type are not the bytes of a tensor, or foreign to numpy."""
+    kind: np.dtype = np.dtype(dtype)  # type: ignore[call-overload]
+    packed = ("int2", "int4", "float4", "float8")
+    return kind.kind in "OSU" or kind.name.lstrip("u").startswith(packed)
 
 
 def _nbytes(tensor: gs.Constant) -> int:

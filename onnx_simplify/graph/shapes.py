@@ -68,13 +68,42 @@ def static_shapes(model: Model, input_shapes: Mapping[str, Sequence[int]]) -> di
     return found
 
 
+def input_dims(info: onnx.ValueInfoProto) -> list[Dim]:
+    """Sizes of a graph input; free ones as symbols.
+
+    Exporters name dimensions ``?``, leave the name out or repeat it for sizes that differ, so
+    within one input such names stand for nothing: they get symbols of their own.
+    """
+    dims = info.type.tensor_type.shape.dim
+    names = Counter(d.dim_param for d in dims)
+    found: list[Dim] = []
+    for axis, dim in enumerate(dims):
+        name = dim.dim_param
+        if dim.HasField("dim_value") and dim.dim_value > 0:
+            found.append(dim.dim_value)
+        elif not name or name.startswith(("?", "unk__")) or names[name] > 1:
+            found.append(f"{info.name}:{axis}")
+        else:
+            found.append(name)
+    return found
+
+
 def _infer(
     model: Model, input_shapes: Mapping[str, Sequence[int]] | None
 ) -> dict[str, onnx.TypeProto]:
     proto, _ = model.structure()
     proto = headless(proto)
     del proto.graph.value_info[:]
+    # The values that a caller may override say nothing about sizes.
+    plain = [t for t in proto.graph.initializer if t.name not in model.overridable]
+    if len(plain) < len(proto.graph.initializer):
+        copies = [onnx.TensorProto.FromString(t.SerializeToString()) for t in plain]
+        del proto.graph.initializer[:]
+        proto.graph.initializer.extend(copies)
     for info in proto.graph.input:
+        for dim, size in zip(info.type.tensor_type.shape.dim, input_dims(info), strict=True):
+            if isinstance(size, str):
+                dim.dim_param = size
         shape = (input_shapes or {}).get(info.name)
         if shape is not None:
             info.CopyFrom(

@@ -144,6 +144,7 @@ def _foldable(node: gs.Node, kept: Collection[str]) -> bool:
     return (
         not node.domain
         and node.op not in _NOT_FOLDED
+        and (node.op != "Dropout" or _is_identity(node))
         and bool(node.inputs)
         and not any(isinstance(v, gs.Graph) for v in node.attrs.values())
         and not any(t.name in kept for t in node.outputs)

@@ -149,14 +149,17 @@ def _fold_behind(editor: Editor, node: gs.Node, bn: gs.Node) -> None:
     rule.set_weights(node, weight * factor.astype(_wide(weight)), editor.put)
     index = rule.wiring(node).bias
     bias = None if index is None else constant_input(node, index)
-    if index is not None and bias is not None:
-        editor.put(node, index, (bias * scale).astype(bias.dtype))
+    beta = float(node.attrs.get("beta", 1.0)) if node.op == "Gemm" else 1.0
     result = bn.outputs[0]
     if node.outputs[0].name in editor.model.pinned:
         editor.model.pinned.add(result.name)
     bn.outputs.clear()
     node.outputs[0] = result
-    if not rule.add_bias(node, shift, editor.put):
+    if index is not None and bias is not None and beta:
+        # Rounded once: in half precision the two terms may all but cancel.
+        total = bias.astype(np.float64) * scale + shift / beta
+        editor.put(node, index, total.astype(bias.dtype))
+    elif not rule.add_bias(node, shift, editor.put):
         editor.add_behind(node, rule.per_channel(node, shift))
 
 

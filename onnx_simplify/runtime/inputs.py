@@ -12,6 +12,7 @@ from onnx import TensorProto
 
 from onnx_simplify.errors import CannotVerifyError, ModelError
 from onnx_simplify.graph.model import Model
+from onnx_simplify.graph.shapes import input_dims
 
 Feeds = dict[str, np.ndarray]
 
@@ -51,12 +52,7 @@ def input_specs(model: Model, shapes: Mapping[str, Sequence[int]] | None = None)
                 f"input '{info.name}' is not a tensor: no values can be made up"
             )
         kind = info.type.tensor_type
-        dims: list[int | str] = []
-        for axis, dim in enumerate(kind.shape.dim):
-            if dim.HasField("dim_value") and dim.dim_value > 0:
-                dims.append(dim.dim_value)
-            else:
-                dims.append(dim.dim_param or f"{info.name}:{axis}")
+        dims = input_dims(info)
         given = shapes.pop(info.name, None)
         if given is not None:
             if kind.HasField("shape") and len(given) != len(dims):
