@@ -339,3 +339,75 @@ def test_alignment_keeps_dead_channels_up_to_a_multiple():
     assert weight_shape(aligned, "Conv")[0] == 8
     tight, _ = onnx_simplify.simplify(model, channel_multiple=4)
     assert weight_shape(tight, "Conv")[0] == 4
+
+
+@pytest.mark.parametrize("dims", [("?", "?", "?"), ("n", "s", "s"), ("n", "n", "w")])
+def test_dimension_names_that_stand_for_nothing(dims):
+    g = Graph()
+    x = g.input("x", [dims[0], 3, dims[1], dims[2]])
+    g.output(g.op("Relu", g.conv(x, np.zeros((4, 3, 1, 1), np.float32), g.normal(4))))
+    model = g.model()
+    result, _ = onnx_simplify.simplify(model, channel_multiple=1)
+    feeds = [{"x": np.ones(shape, np.float32)} for shape in ((2, 3, 5, 7), (1, 3, 6, 4))]
+    assert_same_function(model, result, feeds)
+
+
+def test_sizes_that_are_not_known_are_not_equal():
+    g = Graph()
+    x = g.input("x", ["n", 3, "h", "w"])
+    q = g.input("q", ["n", 4, "a", "b"])
+    small = g.op("MaxPool", q, kernel_shape=[2, 2], strides=[2, 2])
+    constant = g.conv(x, np.zeros((4, 3, 3, 3), np.float32), g.normal(4), strides=[2, 2])
+    g.output(g.op("Add", small, constant))
+    model = g.model()
+    result, _ = onnx_simplify.simplify(model, verify=False, channel_multiple=1)
+    random = np.random.default_rng(0)
+    shapes = {"x": (1, 3, 9, 7), "q": (1, 4, 2, 2)}
+    feeds = {n: random.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
+    assert_same_function(model, result, [feeds])
+
+
+def test_map_that_a_representative_is_computed_from_stays():
+    # The gate's constant is a map with a label of its own; what it is clipped to is uniform and
+    # stands for the others under padding.
+    g = Graph()
+    x = g.input("x", [1, 4, 9, 9])
+    start = g.op("Relu", g.conv(x, pruned(g.normal(4, 4, 1, 1), [0, 1]), np.abs(g.normal(4)) + 0.2))
+    gate = g.conv(start, pruned(g.normal(1, 4, 3, 3), [2, 3], axis=1), g.normal(1), pads=[1] * 4)
+    wide = g.conv(x, pruned(g.normal(5, 4, 1, 1), [0, 1, 2]), np.abs(g.normal(5)) + 0.2)
+    y = g.op("Clip", g.op("Mul", wide, gate), number(-0.01), number(0.01))
+    g.output(g.conv(y, g.normal(3, 5, 3, 3), g.normal(3), pads=[1] * 4))
+    model = g.model()
+    feeds = [{"x": np.random.default_rng(k).standard_normal((1, 4, 9, 9)).astype(np.float32)}
+             for k in range(2)]
+    for multiple in (1, 4):
+        result, _ = onnx_simplify.simplify(model, verify=False, channel_multiple=multiple)
+        assert_same_function(model, result, feeds)
+    assert_same_function(model, onnx_simplify.propagate_bias(model), feeds)
+
+
+def test_folded_bias_is_rounded_once():
+    g = Graph()
+    x = g.input("x", [1, 2, 4, 4], dtype=np.float16)
+    half = lambda *values: np.array(values, np.float16)  # noqa: E731
+    y = g.conv(x, np.zeros((2, 2, 1, 1), np.float16), half(3.0, -2.0))
+    scale, shift, mean, var = half(1, 1), half(0.5, 0.25), half(3.0, -2.0), half(1e-3, 1e-3)
+    g.output(g.op("BatchNormalization", y, scale, shift, mean, var), dtype=np.float16)
+    folded = onnx_simplify.fold_batchnorm(g.model())
+    bias = initializer(folded, folded.graph.node[0].input[2])
+    np.testing.assert_array_equal(bias, half(0.5, 0.25))
+
+
+def test_overridable_target_of_a_reshape_stays_overridable():
+    g = Graph()
+    x = g.input("x", [1, 4, 6, 6])
+    target = g.const(np.array([1, 4, 36]), "target")
+    y = g.op("Reshape", g.op("Relu", g.conv(x, g.normal(4, 4, 1, 1), g.normal(4))), target)
+    g.output(g.op("Softmax", y, axis=-1))
+    model = g.model()
+    info = onnx.helper.make_tensor_value_info("target", onnx.TensorProto.INT64, [3])
+    model.graph.input.append(info)
+    result, _ = onnx_simplify.simplify(model, channel_multiple=1)
+    image = np.random.default_rng(0).standard_normal((1, 4, 6, 6)).astype(np.float32)
+    feeds = [{"x": image}, {"x": image, "target": np.array([2, 2, 36])}]
+    assert_same_function(model, result, feeds)
