@@ -403,7 +403,7 @@ def test_overridable_target_of_a_reshape_stays_overridable():
     x = g.input("x", [2, 3, 4, 4])
     target = g.const(np.array([2, 4, 16]), "target")
     y = g.conv(x, pruned(g.normal(4, 3, 1, 1), [1]), g.normal(4))
-    y = g.op("Reshape", g.op("Reshape", y, target), np.array([2, 4, 4, 4]))
+    y = g.op("Reshape", g.op("Sigmoid", g.op("Reshape", y, target)), np.array([2, 4, 4, 4]))
     g.output(g.conv(y, g.normal(5, 4, 1, 1), g.normal(5)))
     model = g.model()
     info = onnx.helper.make_tensor_value_info("target", onnx.TensorProto.INT64, [3])
