@@ -7,6 +7,8 @@ import onnx
 import pytest
 
 import onnx_simplify
+from onnx_simplify.channels.analysis import Analysis
+from onnx_simplify.graph.model import load
 from build import Graph, assert_same_function, count, initializer, pruned
 
 
@@ -412,3 +414,15 @@ def test_overridable_target_of_a_reshape_stays_overridable():
     image = np.random.default_rng(0).standard_normal((2, 3, 4, 4)).astype(np.float32)
     feeds = [{"x": image}, {"x": image, "target": np.array([2, 16, 4])}]
     assert_same_function(model, result, feeds)
+
+
+def test_piece_sizes_of_a_split_are_no_shape():
+    # As many pieces as axes, and spatial sizes that inference leaves open.
+    g = Graph()
+    x = g.input("x", ["n", 3, "h", "w"])
+    y = g.conv(x, pruned(g.normal(8, 3, 3, 3), [0, 3, 5]), g.normal(8), strides=[2, 2])
+    pieces = g.op("Split", y, np.array([2, 2, 2, 2]), outputs=4, axis=1)
+    g.output(g.op("Sum", *pieces))
+    analysis = Analysis(load(g.model()))
+    (split,) = [n for n in analysis.model.graph.nodes if n.op == "Split"]
+    assert all(isinstance(d, str) for d in split.outputs[0].shape[2:])

@@ -335,7 +335,7 @@ class Concat(Structural):
 class Split(Structural):
     """``Split`` with known sizes (https://onnx.ai/onnx/operators/onnx__Split.html)."""
 
-    def sizes(self, node: gs.Node, layouts: Layouts) -> list[Dim]:
+    def pieces(self, node: gs.Node, layouts: Layouts) -> list[Dim]:
         """Size of each output along the split axis."""
         axis = node.attrs.get("axis", 0)
         given = constant_ints(node, 1, "split")
@@ -349,7 +349,7 @@ class Split(Structural):
         axis = node.attrs.get("axis", 0)
         if array.shape[axis] == 1:
             return [array] * len(node.outputs)
-        sizes = self.sizes(node, layouts)
+        sizes = self.pieces(node, layouts)
         if not is_known(sizes) or sum(sizes) != array.shape[axis]:  # type: ignore[arg-type]
             raise Unsupported("sizes are not known")
         return np.split(array, np.cumsum(sizes)[:-1].astype(int), axis)
