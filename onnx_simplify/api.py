@@ -244,9 +244,8 @@ def verify(
         CannotVerifyError: the original runs on no input that could be made.
     """
     dense = load(original)
-    data = None if input_data is None else dict(input_data)
     reference = Reference(
-        dense, input_shapes=input_shapes, input_data=data, count=max(2, checks)
+        dense, input_shapes=input_shapes, input_data=input_data, count=checks
     )
     return reference.compare(load(simplified), rtol, half=is_half(dense))
 
@@ -278,9 +277,8 @@ def benchmark(
     loaded = {name: load(model) for name, model in models.items()}
     if not loaded:
         return {}
-    data = None if input_data is None else dict(input_data)
     first = next(iter(loaded.values()))
-    feeds = Reference(first, input_shapes=input_shapes, input_data=data).runs[0].feeds
+    feeds = Reference(first, input_shapes=input_shapes, input_data=input_data).runs[0].feeds
     return time_models(loaded, feeds, threads=threads, rounds=rounds)
 
 
@@ -324,8 +322,7 @@ def _pairs(model: Model) -> list[tuple[str, str]]:
 def _feeds(
     model: Model, shapes: Shapes | None, data: Mapping[str, np.ndarray] | None
 ) -> list[dict[str, np.ndarray]]:
-    given = None if data is None else dict(data)
-    feeds = Reference(model, input_shapes=shapes, input_data=given).feeds
+    feeds = Reference(model, input_shapes=shapes, input_data=data).feeds
     settle_disputes(model, feeds[0])
     fold_shapes(model)
     return feeds

@@ -185,12 +185,11 @@ def is_half(model: Model) -> bool:
 def _reference(model: Model, options: Options) -> tuple[Reference | None, str | None]:
     """Runs of the original, or why there are none (only if verification was not asked for)."""
     try:
-        data = None if options.input_data is None else dict(options.input_data)
         reference = Reference(
             model,
             input_shapes=options.input_shapes,
-            input_data=data,
-            count=max(2, options.checks),
+            input_data=options.input_data,
+            count=options.checks,
         )
         return reference, None
     except CannotVerifyError as error:

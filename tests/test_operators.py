@@ -7,9 +7,9 @@ import onnx
 import pytest
 
 import onnx_simplify
+from build import Graph, assert_same_function, count, initializer, pruned
 from onnx_simplify.channels.analysis import Analysis
 from onnx_simplify.graph.model import load
-from build import Graph, assert_same_function, count, initializer, pruned
 
 
 def weight_shape(model: onnx.ModelProto, op: str, index: int = 0) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.analysis import Analysis
-from onnx_simplify.graph.edit import Editor, ZeroedSlices, compress, drop_unused, label, set_input
+from onnx_simplify.graph.edit import Editor, compress, drop_unused, label, set_input
 from onnx_simplify.graph.model import Model
 
 
@@ -59,12 +59,9 @@ class Cut:
 
     def slice(self, node: gs.Node, index: int, kept: Mapping[int, np.ndarray]) -> None:
         """Keep some positions of a node's initializer; nodes that share it may go on doing so."""
-        if not kept:
-            return
-        stored = node.inputs[index]._values
-        lazy = isinstance(stored, ZeroedSlices)
-        values = stored.compress(kept) if lazy else compress(node.inputs[index].values, kept)
-        self.put(node, index, values)
+        if kept:
+            # Not ``values``: those would copy an array only to drop most of it.
+            self.put(node, index, compress(node.inputs[index]._values, kept))
 
     def put(self, node: gs.Node, index: int, values: np.ndarray) -> None:
         """Give one input of a node another initializer, see :meth:`Editor.put`."""

@@ -103,6 +103,22 @@ class Layouts:
         left, right = np.broadcast_arrays(left, right)
         self._pairs.append((left.ravel(), right.ravel()))
 
+    def merge(self, layouts: Sequence[np.ndarray]) -> np.ndarray:
+        """Equate layouts broadcast against each other; the layout of what they become together.
+
+        Where the first one repeats ids along an axis, the result has ids of its own: its rows must
+        stay or go together.
+        """
+        shape = np.broadcast_shapes(*(layout.shape for layout in layouts))
+        result = np.broadcast_to(layouts[0], shape)
+        for layout in layouts[1:]:
+            self.equate(result, layout)
+        if layouts[0].size < result.size:
+            fresh = self.fresh(result.size).reshape(shape)
+            self.equate(fresh, result)
+            result = fresh
+        return np.array(result)
+
     def collapse(self, layout: np.ndarray, axes: Iterable[int]) -> np.ndarray:
         """Equate all positions along ``axes`` and return the layout with these untracked."""
         for axis in axes:

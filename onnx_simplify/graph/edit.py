@@ -40,8 +40,10 @@ class ZeroedSlices(LazyValues):
         return values
 
 
-def compress(values: np.ndarray, kept: Mapping[int, np.ndarray]) -> np.ndarray:
+def compress(values: np.ndarray | ZeroedSlices, kept: Mapping[int, np.ndarray]) -> np.ndarray:
     """Keep only some positions (bool masks) along some axes."""
+    if isinstance(values, ZeroedSlices):
+        return values.compress(kept)
     for axis, mask in sorted(kept.items(), key=lambda item: item[1].mean()):
         values = np.compress(mask, values, axis)
     return values

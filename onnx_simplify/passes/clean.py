@@ -12,6 +12,7 @@ from collections.abc import Collection
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnx_simplify.channels.operators.elementwise import is_inference_dropout
 from onnx_simplify.graph.edit import consumers, drop_unused, remove_nodes
 from onnx_simplify.graph.model import Model
 from onnx_simplify.runtime.session import run_nodes
@@ -58,13 +59,7 @@ def _is_identity(node: gs.Node) -> bool:
         return True
     if node.op == "Split" and len(node.outputs) == 1:
         return True
-    if node.op != "Dropout":
-        return False
-    mode = node.inputs[2] if len(node.inputs) > 2 else None
-    training = isinstance(mode, gs.Constant) and bool(mode.values)
-    known = mode is None or not mode.name or isinstance(mode, gs.Constant)
-    mask = len(node.outputs) > 1 and bool(node.outputs[1].name)
-    return known and not training and not mask
+    return node.op == "Dropout" and is_inference_dropout(node)
 
 
 def _constants(model: Model) -> None:

@@ -115,11 +115,11 @@ def _store_constant_results(analysis: Analysis) -> bool:
     Those are graph outputs and inputs of operators that are not understood.
     """
     model = analysis.model
+    if model.opset < 8:  # there is no Expand
+        return False
     editor = Editor(model, analysis.layouts.readers)
     kept = {t.name for t in model.graph.outputs}
     changed = False
-    if model.opset < 8:  # there is no Expand
-        return False
     for node in model.graph.nodes:
         for index, result in enumerate(node.outputs):
             if not analysis.has(result) or not (analysis.level[result.name] > VARYING).all():

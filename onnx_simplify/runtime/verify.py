@@ -83,7 +83,7 @@ class Reference:
         model: Model,
         *,
         input_shapes: Mapping[str, Sequence[int]] | None = None,
-        input_data: Feeds | None = None,
+        input_data: Mapping[str, np.ndarray] | None = None,
         count: int = 2,
     ):
         """Find inputs that the model accepts, and run it.
@@ -92,7 +92,7 @@ class Reference:
             model: the model as loaded.
             input_shapes: sizes for inputs, by name.
             input_data: values for the first run, by input name.
-            count: number of random inputs of the first sizes (two at least).
+            count: number of random inputs of the first sizes; two at least are made.
 
         Raises:
             ModelError: the shapes or data do not fit the model's inputs.
@@ -106,9 +106,9 @@ class Reference:
         session = self._open()
         self.names = session.output_names
         if input_data is not None:
-            self._run_data(model, session, input_data, count)
+            self._run_data(session, input_data, max(2, count))
         else:
-            self._run_random(model, session, count)
+            self._run_random(session, max(2, count))
 
     @property
     def feeds(self) -> list[Feeds]:
@@ -135,12 +135,12 @@ class Reference:
                 self.model.stand_in = False
         raise CannotVerifyError(f"onnxruntime cannot load the original model: {reason}")
 
-    def _run_random(self, model: Model, session: Session, count: int) -> None:
+    def _run_random(self, session: Session, count: int) -> None:
         reason = ""
         likely = islice(candidate_sizes(self.specs), _ATTEMPTS)
         for sizes in chain(likely, unlikely_sizes(self.specs)):
             try:
-                self.runs = [self._once(model, session, sizes, seed) for seed in range(count)]
+                self.runs = [self._once(session, sizes, seed) for seed in range(count)]
             except Exception as error:
                 reason = reason or first_line(error)
                 continue
@@ -153,12 +153,12 @@ class Reference:
         if is_free(self.specs):
             for seed, other in enumerate(varied(self.specs, self.runs[0].sizes, 3)[1:], count):
                 try:
-                    self.runs.append(self._once(model, session, other, seed))
+                    self.runs.append(self._once(session, other, seed))
                 except Exception:  # this size is not for this model
                     continue
 
-    def _once(self, model: Model, session: Session, sizes: dict[str, int], seed: int) -> Run:
-        feeds = make_feeds(model, self.specs, sizes, seed)
+    def _once(self, session: Session, sizes: dict[str, int], seed: int) -> Run:
+        feeds = make_feeds(self.model, self.specs, sizes, seed)
         outputs = session.run(feeds)
         if not all(_is_finite(o) for o in outputs):
             # Logarithms and roots want positive inputs.
@@ -173,7 +173,7 @@ class Reference:
                 return Run(positive, better, dict(sizes))
         return Run(feeds, outputs, dict(sizes))
 
-    def _run_data(self, model: Model, session: Session, data: Feeds, count: int) -> None:
+    def _run_data(self, session: Session, data: Mapping[str, np.ndarray], count: int) -> None:
         feeds = _fit(self.specs, data)
         try:
             self.runs = [Run(feeds, session.run(feeds))]
@@ -183,8 +183,8 @@ class Reference:
             ) from error
         shapes = {n: v.shape for n, v in feeds.items()}
         specs = [InputSpec(s.name, s.dtype, list(shapes[s.name])) for s in self.specs]
-        for seed in range(1, max(count, 2)):
-            other = make_feeds(model, specs, {}, seed)
+        for seed in range(1, count):
+            other = make_feeds(self.model, specs, {}, seed)
             try:
                 self.runs.append(Run(other, session.run(other)))
             except Exception:
@@ -208,32 +208,38 @@ class Reference:
             True, 0.0, tolerance, len(self.runs), [dict(r.sizes) for r in self.runs]
         )
         try:
-            try:
-                outputs_of = self._outputs(simplified, optimize=True)
-            except Exception:
-                if self._optimizes():
-                    raise
-                # Optimisation breaks the original as well: compare without.
-                outputs_of = self._outputs(simplified, optimize=False)
-            for run, outputs in zip(self.runs, outputs_of, strict=True):
-                for k, (name, a, b) in enumerate(
-                    zip(self.names, run.outputs, outputs, strict=True)
-                ):
-                    error, reason = difference(a, b, self._ties)
-                    result.worst = max(result.worst, error)
-                    if not error <= tolerance:
-                        reason = reason or f"differs by {error:.2g} of its magnitude"
-                    elif error > rounding and error > max(
-                        self._signal(k) * _NOISE, self._rounding(k) * _MARGIN
-                    ):
-                        reason = f"differs by {error:.2g}, as much as between different inputs"
-                    if reason:
-                        result.passed, result.reason = False, f"output '{name}': {reason}"
-                        return result
+            self._judge(self._deployed(simplified), result, rounding)
         except Exception as error:
             result.passed, result.worst = False, float("inf")
             result.reason = f"the simplified model does not run: {first_line(error)}"
         return result
+
+    def _judge(
+        self, outputs_of: list[list[np.ndarray]], result: Verification, rounding: float
+    ) -> None:
+        """Compare outputs, up to the first that differs, and enter the verdict into ``result``."""
+        for run, outputs in zip(self.runs, outputs_of, strict=True):
+            for k, (name, a, b) in enumerate(zip(self.names, run.outputs, outputs, strict=True)):
+                gap, reason = difference(a, b, self._ties)
+                result.worst = max(result.worst, gap)
+                if not gap <= result.tolerance:
+                    reason = reason or f"differs by {gap:.2g} of its magnitude"
+                elif gap > rounding and gap > max(
+                    self._signal(k) * _NOISE, self._rounding(k) * _MARGIN
+                ):
+                    reason = f"differs by {gap:.2g}, as much as between different inputs"
+                if reason:
+                    result.passed, result.reason = False, f"output '{name}': {reason}"
+                    return
+
+    def _deployed(self, simplified: Model) -> list[list[np.ndarray]]:
+        """Outputs for all inputs, optimised by onnxruntime unless that breaks the original too."""
+        try:
+            return self._outputs(simplified, optimize=True)
+        except Exception:
+            if self._optimizes():
+                raise
+            return self._outputs(simplified, optimize=False)
 
     def _outputs(self, model: Model, optimize: bool) -> list[list[np.ndarray]]:
         session = Session(model, optimize=optimize)
@@ -318,7 +324,7 @@ def _is_finite(array: object) -> bool:
     return values.dtype.kind != "f" or bool(np.isfinite(values).all())
 
 
-def _fit(specs: Sequence[InputSpec], data: Feeds) -> Feeds:
+def _fit(specs: Sequence[InputSpec], data: Mapping[str, np.ndarray]) -> Feeds:
     """The data for each input, cast to its type."""
     feeds = {}
     for spec in specs:

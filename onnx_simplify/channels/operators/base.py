@@ -158,9 +158,9 @@ def constant_ints(node: gs.Node, index: int, attribute: str) -> list[int] | None
     return None
 
 
-def is_static(shape: list[Dim], axes: list[int] | range) -> bool:
-    """Whether the sizes along all ``axes`` are known."""
-    return all(isinstance(shape[a], int) for a in axes)
+def is_static(shape: list[Dim], axes: list[int] | range | None = None) -> bool:
+    """Whether the sizes along ``axes`` (all by default) are known."""
+    return all(isinstance(shape[a], int) for a in (range(len(shape)) if axes is None else axes))
 
 
 def windowed(node: gs.Node, sizes: list[Dim], kernel: list[int]) -> list[Dim | None]:

@@ -8,7 +8,14 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.layouts import Layouts, Unsupported
-from onnx_simplify.channels.operators.base import Masks, Operator, constant_input, min_to, reduce_to
+from onnx_simplify.channels.operators.base import (
+    Masks,
+    Operator,
+    has_input,
+    is_static,
+    min_to,
+    reduce_to,
+)
 from onnx_simplify.channels.values import MAP, UNIFORM, VARYING
 from onnx_simplify.graph.shapes import Dim
 
@@ -68,15 +75,7 @@ class Elementwise(Operator):
         if not joined:
             layouts.set(output, layouts.untracked(output))
             return
-        result = np.broadcast_to(joined[0], tracked)
-        for layout in joined[1:]:
-            layouts.equate(result, layout)
-        if joined[0].size < result.size:
-            # Rows that one operand repeats must stay or go together.
-            fresh = layouts.fresh(result.size).reshape(tracked)
-            layouts.equate(fresh, result)
-            result = fresh
-        layouts.set(output, np.array(result))
+        layouts.set(output, layouts.merge(joined))
 
     def level(self, node: gs.Node, analysis: Analysis) -> Masks:
         """Constant where all operands are; a factor of zero is enough."""
@@ -136,11 +135,18 @@ class Dropout(Elementwise):
 
     def layout(self, node: gs.Node, layouts: Layouts) -> None:
         """Channels pass through, if the node cannot be in training mode."""
-        mode = constant_input(node, 2)
-        training = bool(mode) if mode is not None else len(node.inputs) > 2
-        if training or sum(bool(t.name) for t in node.outputs) > 1:
+        if not is_inference_dropout(node):
             raise Unsupported("may be in training mode")
         super().layout(node, layouts)
+
+
+def is_inference_dropout(node: gs.Node) -> bool:
+    """Whether a ``Dropout`` is the identity: not in training mode, its mask not asked for."""
+    if sum(bool(t.name) for t in node.outputs) > 1:
+        return False
+    return not has_input(node, 2) or (
+        isinstance(node.inputs[2], gs.Constant) and not node.inputs[2].values
+    )
 
 
 class ChannelAffine(Operator):
@@ -214,7 +220,7 @@ class InstanceNormalization(ChannelAffine):
         zero = analysis.zero(source, analysis.layouts.of[source.name].shape)
         axes = tuple(a for a, s in enumerate(level.shape) if s == 1)
         zero = np.asarray(zero.all(axis=axes, keepdims=True))
-        worst = MAP if all(isinstance(s, int) for s in analysis.shape(source)[2:]) else VARYING
+        worst = MAP if is_static(analysis.shape(source)[2:]) else VARYING
         return np.where(zero & (level > VARYING), level, np.minimum(level, worst))
 
     def wants_values(self, node: gs.Node, analysis: Analysis) -> list[int]:

@@ -59,7 +59,7 @@ class Spatial(Operator):
             analysis.level[source.name], analysis.layouts.of[node.outputs[0].name].shape
         )
         output = analysis.shape(node.outputs[0])
-        if not is_static(output, range(2, len(output))):
+        if not is_static(output[2:]):
             level = np.where(level == MAP, VARYING, level)
         if not self.keeps_uniform(node, analysis):
             shapes = analysis.shape(source), analysis.shape(node.outputs[0])

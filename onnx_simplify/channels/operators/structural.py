@@ -19,6 +19,7 @@ from onnx_simplify.channels.operators.base import (
     attr_ints,
     constant_input,
     constant_ints,
+    is_static,
     min_to,
     reduce_to,
 )
@@ -198,17 +199,12 @@ class Squeeze(Structural):
                 raise Unsupported("axes are computed")
             return [np.expand_dims(array, tuple(axes))]
         if axes is None:
-            if len(node.inputs) > 1 or not is_known(layouts.shape(node.inputs[0])):
+            if len(node.inputs) > 1 or not is_static(layouts.shape(node.inputs[0])):
                 raise Unsupported("axes are not known")
             axes = [a for a, s in enumerate(layouts.shape(node.inputs[0])) if s == 1]
         if any(array.shape[a] != 1 for a in axes):
             raise Unsupported("a squeezed axis has more than one element")
         return [array.squeeze(tuple(a % array.ndim for a in axes))]
-
-
-def is_known(shape: list[Dim]) -> bool:
-    """Whether all sizes are static."""
-    return all(isinstance(s, int) for s in shape)
 
 
 class Expand(Structural):
@@ -286,15 +282,7 @@ class Concat(Structural):
         if self._tracked(node, layouts):
             super().layout(node, layouts)
             return
-        common = np.broadcast_shapes(*(i.shape for i in ids))
-        first = np.broadcast_to(ids[0], common)
-        for other in ids[1:]:
-            layouts.equate(first, other)
-        if ids[0].size < first.size:
-            fresh = layouts.fresh(first.size).reshape(common)
-            layouts.equate(fresh, first)
-            first = fresh
-        layouts.set(node.outputs[0], np.array(first))
+        layouts.set(node.outputs[0], layouts.merge(ids))
 
     def level(self, node: gs.Node, analysis: Analysis) -> Masks:
         """Along an untracked axis the operands may hold different constants."""
@@ -350,7 +338,7 @@ class Split(Structural):
         if array.shape[axis] == 1:
             return [array] * len(node.outputs)
         sizes = self.pieces(node, layouts)
-        if not is_known(sizes) or sum(sizes) != array.shape[axis]:  # type: ignore[arg-type]
+        if not is_static(sizes) or sum(sizes) != array.shape[axis]:  # type: ignore[arg-type]
             raise Unsupported("sizes are not known")
         return np.split(array, np.cumsum(sizes)[:-1].astype(int), axis)
 
@@ -547,7 +535,7 @@ class DepthToSpace(Operator):
         if zero.size > 1:
             zero = self._grouped(node, zero).all(axis=1).reshape(1, -1, 1, 1)
         shape = analysis.shape(node.inputs[0])
-        worst = MAP if is_known(shape[2:]) else VARYING
+        worst = MAP if is_static(shape[2:]) else VARYING
         return [np.where(zero & (level > VARYING), UNIFORM, np.minimum(level, worst))]
 
     def wants_values(self, node: gs.Node, analysis: Analysis) -> list[int]:
