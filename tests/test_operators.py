@@ -426,3 +426,15 @@ def test_piece_sizes_of_a_split_are_no_shape():
     analysis = Analysis(load(g.model()))
     (split,) = [n for n in analysis.model.graph.nodes if n.op == "Split"]
     assert all(isinstance(d, str) for d in split.outputs[0].shape[2:])
+
+
+def test_an_add_of_another_domain_takes_no_bias():
+    g = Graph()
+    x = g.input("x", [2, 4])
+    y = g.batchnorm(g.op("MatMul", x, g.normal(4, 3)), 3)
+    addend = g.const(g.normal(3), "addend")
+    g.output(g.op("Add", y, addend, domain="example.custom"), shape=[2, 3], dtype=np.float32)
+    model = g.model()
+    model.opset_import.append(onnx.helper.make_opsetid("example.custom", 1))
+    folded = onnx_simplify.fold_batchnorm(model)
+    np.testing.assert_array_equal(initializer(folded, "addend"), initializer(model, "addend"))

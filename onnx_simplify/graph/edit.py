@@ -108,6 +108,10 @@ def label(node: gs.Node) -> str:
     return str(node.name or next((t.name for t in node.outputs), ""))
 
 
+def _is_add(node: gs.Node) -> bool:
+    return node.op == "Add" and not node.domain
+
+
 _NOTHING = np.zeros(0, np.float32)
 
 
@@ -163,7 +167,7 @@ class Editor:
         """
         result = node.outputs[0]
         users = self.readers.get(result.name, [])
-        if len(users) == 1 and not self.model.is_kept(result) and users[0][0].op == "Add":
+        if len(users) == 1 and not self.model.is_kept(result) and _is_add(users[0][0]):
             add, position = users[0]
             other = add.inputs[1 - position]
             if isinstance(other, gs.Constant) and other.values.ndim <= len(result.shape):
