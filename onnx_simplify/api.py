@@ -31,7 +31,7 @@ from onnx import ModelProto
 from onnx_simplify import pipeline
 from onnx_simplify.channels.analysis import Analysis
 from onnx_simplify.channels.operators.linear import Linear
-from onnx_simplify.errors import ModelError
+from onnx_simplify.errors import CannotVerifyError, ModelError
 from onnx_simplify.graph.edit import label
 from onnx_simplify.graph.model import Model, ModelSource, load
 from onnx_simplify.graph.shapes import infer
@@ -57,6 +57,7 @@ def simplify(
     *,
     pinned: Collection[str] = (),
     skip: Collection[str] = (),
+    bn_folding: Collection[tuple[str, str]] | None = None,
     input_shapes: Shapes | None = None,
     input_data: Mapping[str, np.ndarray] | None = None,
     verify: bool = True,
@@ -73,6 +74,7 @@ def simplify(
         model: a path, serialized bytes, or a message (not modified).
         pinned: names of tensors, nodes or initializers whose channels must stay.
         skip: passes to leave out, of ``fold_batchnorm``, ``propagate_bias``, ``remove_zeroed``.
+        bn_folding: pairs to fold, of those that :func:`get_bn_folding` lists; all by default.
         input_shapes: shapes to run the model with, by input name; needed only where it accepts no
             shape that can be guessed.
         input_data: arrays to run the model with, by input name.
@@ -97,6 +99,7 @@ def simplify(
     options = Options(
         pinned=pinned,
         skip=checked_passes(skip),
+        bn_folding=bn_folding,
         input_shapes=dict(input_shapes or {}),
         input_data=input_data,
         verify=verify,
@@ -210,6 +213,10 @@ def get_pinned(model: ModelSource) -> list[str]:
     need to pin them.
     """
     working = _cleaned(model)
+    try:
+        _feeds(working, None, None)
+    except CannotVerifyError:
+        pass  # then sizes that are in dispute stay so, and with them their channels
     analysis = Analysis(working)
     found = []
     for node in working.graph.nodes:

@@ -40,6 +40,7 @@ class Options:
 
     pinned: Collection[str] = ()
     skip: Collection[str] = ()
+    bn_folding: Collection[tuple[str, str]] | None = None
     input_shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
     input_data: Mapping[str, np.ndarray] | None = None
     verify: bool = True
@@ -129,7 +130,7 @@ def simplify_in_place(
     settle_disputes(model, None if reference is None else reference.feeds[0])
     fold_shapes(model)
     if "fold_batchnorm" not in options.skip:
-        report.batchnorms_folded = fold_batchnorm(model)
+        report.batchnorms_folded = fold_batchnorm(model, options.bn_folding)
         model.release()
     before = layers(model)
     report.layers = list(before.values())
@@ -163,7 +164,7 @@ def simplify_in_place(
             n.op == "BatchNormalization" for n in model.graph.nodes
         ):
             infer(model)
-            report.batchnorms_folded += fold_batchnorm(model)
+            report.batchnorms_folded += fold_batchnorm(model, options.bn_folding)
         if present <= {id(n) for n in model.graph.nodes}:
             break
         # Where nodes are gone, others may have become neighbours, or constant.

@@ -200,7 +200,6 @@ def add_findings(found: Mapping[int, Layer], analysis: Analysis) -> None:
         found: the layers, as :func:`layers` gives them.
         analysis: an analysis of the same model; levels need not have been computed.
     """
-    alive = analysis.alive(analysis.needed)
     for node, _ in _weighted(analysis.model):
         layer = found.get(id(node))
         result = node.outputs[0].name
@@ -209,7 +208,7 @@ def add_findings(found: Mapping[int, Layer], analysis: Analysis) -> None:
         labels = analysis.layouts.of[result]
         if labels.size != layer.outputs:
             continue
-        dead = ~alive[labels]
+        dead = ~(analysis.needed[result] | analysis.layouts.frozen[labels])
         layer.dead = int(dead.sum())
         if result in analysis.level:
             layer.constant = int(((analysis.level[result] > 0) & ~dead).sum())

@@ -16,22 +16,23 @@ module that comes back exactly as it went in, and one readable reason when the e
 from __future__ import annotations
 
 import contextlib
-import inspect
 import io
 import logging
 import os
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import onnx
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
+
+from torch_bridge.calls import Call, tensor_names, tensors_of
 
 Exporter = Literal["dynamo", "torchscript"]
 EXPORTERS: tuple[Exporter, ...] = ("dynamo", "torchscript")
@@ -103,15 +104,70 @@ def export(
         TypeError: ``model`` is no module, or the example inputs do not fit its signature.
         ValueError: An unknown exporter, or dynamic shapes that do not fit the arguments.
     """
+    exported = export_traced(
+        model,
+        example_inputs,
+        dynamic_shapes=dynamic_shapes,
+        exporter=exporter,
+        opset=opset,
+        fuse_batchnorm=fuse_batchnorm,
+    )
+    if path is not None:
+        save(exported.proto, Path(path))
+    return exported.proto
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An exported model, and what relates it to the module.
+
+    Attributes:
+        proto: the model.
+        call: the call that was exported.
+        outputs: what the module returned for it.
+        tensors: names of the tensors that traced modules return, by the module's name: one for
+            every call of the module and every tensor it returns.
+    """
+
+    proto: onnx.ModelProto
+    call: Call
+    outputs: Any
+    tensors: dict[str, list[str]]
+
+
+def export_traced(
+    model: nn.Module,
+    example_inputs: Any,
+    traced: Collection[str] = (),
+    *,
+    dynamic_shapes: Any = None,
+    exporter: Exporter = "dynamo",
+    opset: int | None = None,
+    fuse_batchnorm: bool = True,
+) -> Exported:
+    """Export as `export` does, and tell which tensors come out of some of the modules.
+
+    Args:
+        model: See `export`.
+        example_inputs: See `export`.
+        traced: Names, as in ``model.named_modules()``, of the modules to follow.
+        dynamic_shapes: See `export`.
+        exporter: See `export`.
+        opset: See `export`.
+        fuse_batchnorm: See `export`.
+
+    Raises:
+        ExportError: See `export`.
+        TypeError: See `export`.
+        ValueError: See `export`.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     if exporter not in EXPORTERS:
         raise ValueError(f"unknown exporter {exporter!r}; choose one of {', '.join(EXPORTERS)}")
-    call = _Call.of(model, example_inputs)
+    call = Call.of(model, example_inputs)
     shapes = call.shapes(dynamic_shapes)
-    with _untouched(model), _quiet(), torch.no_grad():
-        for module in model.modules():
-            module.training = False
+    with inference(model), _quiet():
         try:
             outputs = call.run(model)
         except Exception as error:
@@ -120,151 +176,96 @@ def export(
                 f"Reason: {_reason(error)}\n"
                 "Try next: call the model with these inputs before exporting it."
             ) from error
-        job = _Job(model, call, *_names(model, call, outputs), shapes, opset, fuse_batchnorm)
-        try:
-            proto = job.dynamo() if exporter == "dynamo" else job.torchscript()
-        except Exception as error:
-            raise ExportError(_advice(error, exporter, opset)) from error
-    if path is not None:
-        _save(proto, Path(path))
-    return proto
+        inputs, names = tensor_names(model, call, outputs)
+        with _flat(model, call), _Marks(model, traced) as marks:
+            if traced:
+                model(*call.tensors())
+                names += marks.labels()
+            job = _Job(model, call, inputs, names, shapes, opset, fuse_batchnorm)
+            try:
+                proto = job.dynamo() if exporter == "dynamo" else job.torchscript()
+            except Exception as error:
+                raise ExportError(_advice(error, exporter, opset)) from error
+    return Exported(proto, call, outputs, marks.take(proto))
 
 
-# ------------------------------------------------------------------------------------------------
-# Arguments, outputs and their names
-
-
-@dataclass(frozen=True)
-class _Call:
-    """A call of a module's ``forward``.
-
-    ``args`` holds every argument that can be positional, in the signature's order, whether the
-    caller named it or not: both exporters then agree on the order of the inputs. ``arguments``
-    maps each parameter's name to its value.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    arguments: dict[str, Any]
-
-    @classmethod
-    def of(cls, model: nn.Module, example_inputs: Any) -> _Call:
-        """Bind ``example_inputs`` (see `export`) to the signature of ``model.forward``.
-
-        Raises:
-            TypeError: They do not fit.
-        """
-        args, kwargs = _args_and_kwargs(example_inputs)
-        signature = inspect.signature(model.forward)
-        try:
-            bound = signature.bind(*args, **kwargs)
-        except TypeError as error:
-            raise TypeError(
-                f"the example inputs do not fit {type(model).__name__}.forward{signature}: {error}"
-            ) from error
-        arguments = dict(bound.arguments)
-        for name, parameter in signature.parameters.items():
-            if parameter.kind is parameter.VAR_KEYWORD:
-                arguments |= arguments.pop(name, {})
-        return cls(bound.args, bound.kwargs, arguments)
-
-    def copied(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with copies of their tensors: in-place operations do them no harm."""
-
-        def copy(leaf: Any) -> Any:
-            return leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf
-
-        args, kwargs = pytree.tree_map(copy, (self.args, self.kwargs))
-        return args, kwargs
-
-    def run(self, model: nn.Module) -> Any:
-        """What the model returns."""
-        args, kwargs = self.copied()
-        return model(*args, **kwargs)
-
-    def shapes(self, dynamic_shapes: Any) -> dict[str, Any] | None:
-        """``dynamic_shapes`` (see `export`) as one entry per argument; None if nothing varies.
-
-        Raises:
-            ValueError: An entry for an argument that the call does not have.
-        """
-        if not dynamic_shapes:
-            return None
-        names = list(self.arguments)
-        if not isinstance(dynamic_shapes, Mapping):
-            entries = list(dynamic_shapes)
-            if len(entries) > len(names):
-                raise ValueError(
-                    f"dynamic_shapes has {len(entries)} entries for {len(names)} arguments"
-                )
-            given = dict(zip(names, entries, strict=False))
-        elif all(isinstance(key, int) for key in dynamic_shapes):
-            given = {names[0]: dict(dynamic_shapes)}
-        else:
-            given = dict(dynamic_shapes)
-        unknown = [name for name in given if name not in names]
-        if unknown:
-            raise ValueError(
-                f"dynamic_shapes speaks of {', '.join(map(repr, unknown))}, "
-                f"but the arguments are {', '.join(map(repr, names))}"
-            )
-        return {name: given.get(name) for name in names}
-
-
-def _args_and_kwargs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments out of the forms that `export` takes."""
-    match example_inputs:
-        case ((tuple() | list()) as args, dict() as kwargs):
-            return tuple(args), dict(kwargs)
-        case tuple() | list():
-            return tuple(example_inputs), {}
-        case Mapping():
-            return (), dict(example_inputs)
-        case _:
-            return (example_inputs,), {}
-
-
-def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """The values inside nested tuples, lists and mappings, each named by its place."""
-    children: list[tuple[Any, Any]]
-    if isinstance(value, Mapping):
-        children = list(value.items())
-    elif isinstance(value, (tuple, list)):
-        fields = getattr(value, "_fields", range(len(value)))  # a namedtuple knows its names
-        children = list(zip(fields, value, strict=True))
-    else:
-        yield name, value
+@contextlib.contextmanager
+def _flat(model: nn.Module, call: Call) -> Iterator[None]:
+    """Let the model take and return plain tensors, which both exporters understand alike."""
+    if isinstance(model, torch.jit.ScriptModule):
+        yield  # its code is fixed
         return
-    for key, child in children:
-        yield from _leaves(child, f"{name}_{key}" if name else str(key))
+    original = model.forward
+
+    def forward(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        args, kwargs = call.filled(tensors)
+        return tuple(tensors_of(original(*args, **kwargs)))
+
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward
 
 
-def _names(
-    model: nn.Module, call: _Call, outputs: Any
-) -> tuple[list[str] | None, list[str] | None]:
-    """Names for the inputs and the outputs, each None where the exporter must find its own.
+class _Marks:
+    """While open, the model returns what some of its modules return behind its own outputs.
 
-    That is so when something other than a tensor is among them: whether it becomes an input is
-    up to the exporter. No name is given twice, nor to a parameter as well: in ONNX all share
-    one namespace.
+    Copies of it, so that an operation in place on a module's output, such as a ``relu_`` behind
+    it, is not taken for the module's doing.
     """
-    taken = {name for name, _ in model.named_parameters()} | {n for n, _ in model.named_buffers()}
 
-    def unique(leaves: list[tuple[str, Any]]) -> list[str] | None:
-        if not all(isinstance(value, torch.Tensor) for _, value in leaves):
-            return None
-        names = []
-        for name, _ in leaves:
-            free, suffix = name, 1
-            while free in taken:
-                free, suffix = f"{name}_{suffix}", suffix + 1
-            taken.add(free)
-            names.append(free)
-        return names
+    def __init__(self, model: nn.Module, names: Collection[str]):
+        self._modules = {name: model.get_submodule(name) for name in names}
+        self._model = model
+        self._found: list[tuple[str, torch.Tensor]] = []
+        self._order: list[str] = []
+        self._handles: list[Any] = []
 
-    inputs = unique([leaf for name, arg in call.arguments.items() for leaf in _leaves(arg, name)])
-    keyed = isinstance(outputs, Mapping) or hasattr(outputs, "_fields")
-    return inputs, unique(list(_leaves(outputs, "" if keyed else "output")))
+    def __enter__(self) -> _Marks:
+        if self._modules:
+            self._handles.append(self._model.register_forward_pre_hook(self._start))
+            for name, module in self._modules.items():
+                self._handles.append(module.register_forward_hook(partial(self._see, name)))
+            self._handles.append(self._model.register_forward_hook(self._end))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._found.clear()
+
+    def _start(self, module: nn.Module, args: Any) -> None:
+        self._found.clear()
+
+    def _see(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        self._found += [(name, tensor.clone()) for tensor in tensors_of(output)]
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> tuple[torch.Tensor, ...]:
+        self._order = [name for name, _ in self._found]
+        return (*tensors_of(output), *(tensor for _, tensor in self._found))
+
+    def labels(self) -> list[str]:
+        """A name for each output that is added, in order."""
+        return [f"{name}:{k}" for k, name in enumerate(self._order)]
+
+    def take(self, proto: onnx.ModelProto) -> dict[str, list[str]]:
+        """Take the added outputs away again; the names of the tensors behind them, by module."""
+        outputs, count = proto.graph.output, len(self._order)
+        marks = [output.name for output in outputs[len(outputs) - count :]]
+        del outputs[len(outputs) - count :]
+        producer = {name: node for node in proto.graph.node for name in node.output}
+        found: dict[str, list[str]] = {}
+        for module, name in zip(self._order, marks, strict=True):
+            while name in producer and producer[name].op_type == "Identity":
+                name = producer[name].input[0]
+            found.setdefault(module, []).append(name)
+        read = {name for node in proto.graph.node for name in node.input}
+        read |= {output.name for output in outputs}
+        for node in list(proto.graph.node):
+            if node.op_type == "Identity" and node.output[0] in set(marks) - read:
+                proto.graph.node.remove(node)
+        return found
 
 
 # ------------------------------------------------------------------------------------------------
@@ -276,22 +277,20 @@ class _Job:
     """One export: the model with its call, and how the result shall look."""
 
     model: nn.Module
-    call: _Call
-    input_names: list[str] | None
-    output_names: list[str] | None
-    shapes: dict[str, Any] | None
+    call: Call
+    input_names: list[str]
+    output_names: list[str]
+    shapes: list[dict[int, Any]] | None
     opset: int | None
     fuse_batchnorm: bool
 
     def dynamo(self) -> onnx.ModelProto:
         """Through ``torch.export``."""
-        args, kwargs = self.call.copied()
         program = torch.onnx.export(
             self.model,
-            args,
-            kwargs=kwargs,
+            self._tensors(),
             dynamo=True,
-            dynamic_shapes=self.shapes,
+            dynamic_shapes=self.shapes and (tuple(entry or None for entry in self.shapes),),
             input_names=self.input_names,
             output_names=self.output_names,
             opset_version=self.opset,
@@ -308,15 +307,13 @@ class _Job:
         """Through a recording of one run."""
         # With PRESERVE the exporter does not fuse. The modules are in inference mode either way.
         mode = torch.onnx.TrainingMode
-        args, kwargs = self.call.copied()
         # Into a file: an export to memory ends at 2 GiB.
         with tempfile.TemporaryDirectory() as directory:
             file = Path(directory, "model.onnx")
             torch.onnx.export(
                 self.model,
-                args,
+                self._tensors(),
                 str(file),
-                kwargs=kwargs or None,
                 dynamo=False,
                 dynamic_axes=self._dynamic_axes(),
                 input_names=self.input_names,
@@ -327,42 +324,18 @@ class _Job:
             )
             return onnx.load(file)
 
-    def _dynamic_axes(self) -> dict[str, dict[int, str]] | None:
-        """`shapes` in the terms of the TorchScript exporter: dimensions named per input.
+    def _tensors(self) -> tuple[torch.Tensor, ...]:
+        return tuple(tensor.detach().clone() for tensor in self.call.tensors())
 
-        Raises:
-            ValueError: Inputs without names, or shapes nested otherwise than the arguments.
-        """
+    def _dynamic_axes(self) -> dict[str, dict[int, str]] | None:
+        """`shapes` in the terms of the TorchScript exporter: dimensions named per input."""
         if self.shapes is None:
             return None
-        if self.input_names is None:
-            raise ValueError("dynamic shapes need example inputs that are all tensors")
-        entries = [
-            entry
-            for name, value in self.call.arguments.items()
-            for entry in _shape_entries(value, self.shapes[name])
-        ]
         axes = {}
-        for name, entry in zip(self.input_names, entries, strict=True):
+        for name, entry in zip(self.input_names, self.shapes, strict=True):
             named = {dim: _dim_name(size, f"{name}_dim_{dim}") for dim, size in entry.items()}
             axes[name] = {dim: text for dim, text in named.items() if text is not None}
         return axes
-
-
-def _shape_entries(value: Any, spec: Any) -> Iterator[dict[int, Any]]:
-    """The entry of each tensor in ``value``, from a spec of the same nesting."""
-    if isinstance(value, (tuple, list, Mapping)):
-        keys = list(value) if isinstance(value, Mapping) else range(len(value))
-        if spec is not None and len(spec) != len(keys):
-            raise ValueError(f"dynamic_shapes has {len(spec)} entries for {len(keys)} values")
-        for key in keys:
-            yield from _shape_entries(value[key], None if spec is None else spec[key])
-    elif spec is None:
-        yield {}
-    elif isinstance(spec, Mapping):
-        yield dict(spec)
-    else:
-        yield dict(enumerate(spec))
 
 
 def _dim_name(size: Any, default: str) -> str | None:
@@ -399,6 +372,15 @@ def _tidy(model: Any) -> None:
 
 # ------------------------------------------------------------------------------------------------
 # Manners
+
+
+@contextlib.contextmanager
+def inference(model: nn.Module) -> Iterator[nn.Module]:
+    """The module in inference mode, without gradients; afterwards it is as it was."""
+    with _untouched(model), torch.no_grad():
+        for module in model.modules():
+            module.training = False
+        yield model
 
 
 @contextlib.contextmanager
@@ -476,7 +458,7 @@ def _reason(error: BaseException) -> str:
     return f"{kind}: {text}" if text else kind
 
 
-def _save(proto: onnx.ModelProto, path: Path) -> None:
+def save(proto: onnx.ModelProto, path: Path) -> None:
     """Write the model, replacing a file of that name only by a complete one."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as directory:
         partial = Path(directory, path.name)

@@ -143,7 +143,22 @@ def is_questionable(node: gs.Node) -> bool:
     """
     if node.domain or node.op not in _QUESTIONABLE:
         return False
-    return node.op in ("Resize", "Upsample") or not set(node.attrs) <= _PLAIN
+    return node.op in ("Resize", "Upsample") or any(
+        name not in _PLAIN and not _is_default(name, value) for name, value in node.attrs.items()
+    )
+
+
+def _is_default(name: str, value: object) -> bool:
+    """Whether an attribute that can make a pooling questionable says what its absence would."""
+    match name:
+        case "dilations":
+            return set(value) == {1}  # type: ignore[call-overload]
+        case "auto_pad":
+            return value == "NOTSET"
+        case "ceil_mode" | "storage_order":
+            return value == 0
+        case _:
+            return False
 
 
 class Extent:

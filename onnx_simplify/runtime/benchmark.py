@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -48,11 +49,33 @@ def time_models(
     sessions = {
         name: Session(model, threads=threads, optimize=True) for name, model in models.items()
     }
-    seconds: dict[str, list[float]] = {name: [] for name in models}
+    calls = {name: partial(session.run, feeds) for name, session in sessions.items()}
+    return time_calls(calls, rounds=rounds, warmup=warmup, progress=progress)
+
+
+def time_calls(
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 15,
+    warmup: int = 2,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Timing]:
+    """Make all calls in turn (A B C A B C ...).
+
+    Args:
+        calls: what to time, by name.
+        rounds: counted rounds.
+        warmup: rounds before these.
+        progress: called with (round, total) after each round.
+
+    Returns:
+        Timings by name.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     for done in range(warmup + rounds):
-        for name, session in sessions.items():
+        for name, call in calls.items():
             start = time.perf_counter()
-            session.run(feeds)
+            call()
             seconds[name].append(time.perf_counter() - start)
         if progress is not None:
             progress(done + 1, warmup + rounds)

@@ -17,7 +17,12 @@ PROVIDERS = ["CPUExecutionProvider"]
 
 
 class Session:
-    """An onnxruntime CPU session; holds the weights it refers to."""
+    """An onnxruntime CPU session; holds the weights it refers to.
+
+    Attributes:
+        raw: onnxruntime's session; not to be used without this object.
+        output_names: names of the outputs.
+    """
 
     def __init__(
         self,
@@ -61,7 +66,7 @@ class Session:
         self._open(proto, options)
 
     def _open(self, proto: ModelProto, options: ort.SessionOptions) -> None:
-        self._raw = ort.InferenceSession(proto.SerializeToString(), options, providers=PROVIDERS)
+        self.raw = ort.InferenceSession(proto.SerializeToString(), options, providers=PROVIDERS)
 
     def run(
         self, feeds: dict[str, np.ndarray], outputs: Sequence[str] | None = None
@@ -69,7 +74,7 @@ class Session:
         """Run once and return the outputs (all, or those named)."""
         if self._stand_in:
             feeds = {name: as_float32(values) for name, values in feeds.items()}
-        found: list[np.ndarray] = self._raw.run(outputs, {**self._weights, **feeds})
+        found: list[np.ndarray] = self.raw.run(outputs, {**self._weights, **feeds})
         return found
 
 

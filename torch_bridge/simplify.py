@@ -1,0 +1,617 @@
+"""Simplify a PyTorch module: export it, remove what its pruning left behind, and check the result.
+
+`simplify` does everything. The steps of the *Simplify* library (Bragagnolo and Barbano, "Simplify:
+A Python library for optimizing pruned neural networks", SoftwareX 2022) have their counterparts:
+`fuse`, `propagate_bias` and `remove_zeroed`, each taking a module or the result of another step,
+and `get_bn_folding` and `get_pinned`. Layers go by their names in ``model.named_modules()``.
+
+    import torch, torch_bridge
+
+    small = torch_bridge.simplify(model, torch.zeros(1, 3, 224, 224))
+    small.save("small.onnx")
+    outputs = small(images)
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import inspect
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.utils import _pytree as pytree
+
+import onnx_simplify
+from onnx_simplify import PASSES, Report, VerificationError
+from onnx_simplify.graph.model import load
+from onnx_simplify.pipeline import is_half
+from onnx_simplify.report import figures
+from onnx_simplify.runtime.benchmark import Timing, time_calls
+from onnx_simplify.runtime.session import Session
+from onnx_simplify.runtime.verify import Verification, difference
+from torch_bridge.calls import Call, leaves, tensor_names, tensors_of
+from torch_bridge.export import Exported, Exporter, ExportError, export_traced, inference, save
+
+# Layers that can be named in any step, not only in the first.
+_LAYERS = (_ConvNd, nn.Linear, _BatchNorm)
+# Sizes of images to try where no example is given.
+_GUESSES = (224, 299, 64, 32, 512)
+
+
+@dataclass(frozen=True)
+class _Signature:
+    """How a call of the module becomes inputs of the graph, and outputs a return value.
+
+    Attributes:
+        model: the module, for its signature.
+        names: the graph's inputs, each with the position of its tensor among the call's.
+        example: the call that was exported.
+        outputs: what the module returned for it; its tensors are placeholders without data.
+    """
+
+    model: nn.Module
+    names: dict[str, int]
+    example: Call
+    outputs: Any
+
+    @classmethod
+    def of(cls, model: nn.Module, exported: Exported) -> _Signature:
+        """The signature of an exported module.
+
+        Raises:
+            ExportError: the graph's inputs and outputs are not those of the module.
+        """
+        call, graph = exported.call, exported.proto.graph
+        names, _ = tensor_names(model, call, exported.outputs)
+        present = [value.name for value in graph.input]
+        count = len(tensors_of(exported.outputs))
+        if not set(present) <= set(names) or len(graph.output) != count:
+            raise ExportError(
+                f"the exported model takes {', '.join(present)} and returns {len(graph.output)} "
+                f"tensors, the module takes {', '.join(names)} and returns {count}.\n"
+                "Try next: the other exporter."
+            )
+        outputs = pytree.tree_map(_placeholder, exported.outputs)
+        return cls(model, {n: names.index(n) for n in present}, call, outputs)
+
+    def feeds(self, call: Call) -> dict[str, np.ndarray]:
+        """The graph's inputs for a call.
+
+        Raises:
+            ValueError: an argument that is no tensor differs from the exported one: it is part of
+                the graph.
+        """
+        given, known = _leaves(call), _leaves(self.example)
+        if [name for name, _ in given] != [name for name, _ in known]:
+            raise ValueError(
+                "call the model with the arguments that it was exported with: "
+                + ", ".join(name for name, _ in known)
+            )
+        for (name, value), (_, exported) in zip(given, known, strict=True):
+            tensor = isinstance(exported, torch.Tensor)
+            if tensor != isinstance(value, torch.Tensor) or not (tensor or value == exported):
+                raise ValueError(
+                    f"argument '{name}' is fixed in the exported model"
+                    if not tensor
+                    else f"argument '{name}' must be a tensor"
+                )
+        tensors = call.tensors()
+        return {name: tensors[k].detach().cpu().numpy() for name, k in self.names.items()}
+
+    def outputs_of(self, arrays: Sequence[np.ndarray], device: torch.device) -> Any:
+        """The module's return value, out of the graph's outputs."""
+        remaining = iter(arrays)
+
+        def fill(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            return torch.from_numpy(np.asarray(next(remaining))).to(device)
+
+        return pytree.tree_map(fill, self.outputs)
+
+
+class SimplifiedModel:
+    """A simplified module: an ONNX model that is called like the module.
+
+    Calling it runs the model in onnxruntime on the CPU. It takes what the module takes and returns
+    what the module returns, without gradients. Sizes are those of the example inputs, except for
+    dimensions exported as dynamic; arguments that are not tensors must be those of the example.
+
+    Attributes:
+        onnx_model: the model.
+        report: what was done, see `onnx_simplify.Report`.
+        verification: the comparison with the module itself; None if it was not made.
+    """
+
+    def __init__(
+        self,
+        onnx_model: onnx.ModelProto,
+        report: Report,
+        signature: _Signature,
+        dense: onnx.ModelProto,
+        tensors: dict[str, list[str]],
+    ):
+        """Made by `simplify` and the steps, not by their users."""
+        self.onnx_model = onnx_model
+        self.report = report
+        self.verification: Verification | None = None
+        self._signature = signature
+        self._dense = dense
+        self._tensors = tensors
+        self._opened: Session | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model.
+
+        Raises:
+            TypeError: the arguments do not fit the module's signature.
+            ValueError: they are not those that were exported.
+        """
+        call = Call.of(self._signature.model, (args, kwargs))
+        feeds = self._signature.feeds(call)
+        device = next((t.device for t in call.tensors()), torch.device("cpu"))
+        return self._signature.outputs_of(self._session.run(feeds), device)
+
+    @property
+    def session(self) -> ort.InferenceSession:
+        """An onnxruntime session of the model, on the CPU with default options."""
+        return self._session.raw
+
+    @property
+    def _session(self) -> Session:
+        if self._opened is None:
+            self._opened = Session(load(self.onnx_model), optimize=True)
+        return self._opened
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the ONNX model; a file of that name is replaced by the complete new one.
+
+        Weights go into the same file, or beside it in ``<name>.data`` above 2 GiB.
+        """
+        save(self.onnx_model, Path(path))
+
+    def benchmark(
+        self, *, threads: int = 1, rounds: int = 15, eager: bool = True
+    ) -> dict[str, Timing]:
+        """Time it on the example inputs, interleaved with the model as exported.
+
+        Args:
+            threads: threads within an operator, of onnxruntime and of torch.
+            rounds: counted rounds, after two that are not.
+            eager: time the PyTorch module as well.
+
+        Returns:
+            Median and quartiles in milliseconds of ``dense``, ``simplified`` and ``torch``.
+        """
+        example = self._signature.example
+        feeds = self._signature.feeds(example)
+        calls: dict[str, Callable[[], object]] = {}
+        for name, proto in (("dense", self._dense), ("simplified", self.onnx_model)):
+            calls[name] = partial(Session(load(proto), threads=threads, optimize=True).run, feeds)
+        if not eager:
+            return time_calls(calls, rounds=rounds)
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            with inference(self._signature.model) as module:
+                return time_calls({**calls, "torch": partial(example.run, module)}, rounds=rounds)
+        finally:
+            torch.set_num_threads(before)
+
+
+def simplify(
+    model: nn.Module | SimplifiedModel,
+    example_inputs: Any = None,
+    *,
+    pinned: Collection[str] = (),
+    skip: Collection[str] = (),
+    bn_folding: Collection[tuple[str, str]] | None = None,
+    dynamic_shapes: Any = None,
+    exporter: Exporter = "dynamo",
+    opset: int | None = None,
+    verify: bool = True,
+    rtol: float | None = None,
+    target: str | None = None,
+    channel_multiple: int | None = None,
+) -> SimplifiedModel:
+    """Make a module as small and fast as its pruning allows, as an ONNX model.
+
+    The module is not modified. Masks of ``torch.nn.utils.prune`` and parametrizations may still be
+    on: they are applied and gone in the result.
+
+    Args:
+        model: the module, or the result of another step, which goes on from there.
+        example_inputs: what to call the module with, see `torch_bridge.export`; for image
+            classifiers and the like it is guessed from the first layer if None.
+        pinned: names of modules that must keep all their output channels.
+        skip: passes to leave out, of ``fold_batchnorm``, ``propagate_bias``, ``remove_zeroed``.
+        bn_folding: pairs to fold, of those that `get_bn_folding` lists; all by default.
+        dynamic_shapes: dimensions that may vary, see `torch_bridge.export`.
+        exporter: ``"dynamo"`` or ``"torchscript"``.
+        opset: ONNX operator set to export to; torch's choice if None.
+        verify: compare the result with the exported model, and with the module itself: on the
+            example, on random inputs of its shapes, and on larger ones where shapes are dynamic.
+        rtol: bound on the error relative to each output's largest magnitude; by default 1e-4, or
+            1e-2 for models with half-precision weights.
+        target: see `onnx_simplify.simplify`.
+        channel_multiple: see `onnx_simplify.simplify`.
+
+    Returns:
+        The simplified model. Its report compares it with the exported one, BatchNorm unfolded.
+
+    Raises:
+        ExportError: the module cannot be exported.
+        VerificationError: the result differs from the module.
+        ValueError: a name of no module, a pair that cannot be folded, or no example inputs where
+            they cannot be guessed.
+        TypeError: ``model`` is no module, or the inputs do not fit its signature.
+    """
+    start = _start(model, example_inputs, pinned, dynamic_shapes, exporter, opset)
+    _check_names(pinned, {name for name, _ in start._signature.model.named_modules()})
+    lost = [name for name in pinned if name not in start._tensors]
+    if lost:
+        raise ValueError(f"cannot pin '{lost[0]}': the model does not run it, or a step removed it")
+    feeds = start._signature.feeds(start._signature.example)
+    proto, report = onnx_simplify.simplify(
+        start.onnx_model,
+        pinned=[tensor for name in pinned for tensor in start._tensors[name]],
+        skip=skip,
+        bn_folding=None if bn_folding is None else _nodes(start, bn_folding),
+        input_data=feeds,
+        verify=verify,
+        rtol=rtol,
+        target=target,
+        channel_multiple=channel_multiple,
+    )
+    tensors = _survivors(start.onnx_model, proto, start._tensors)
+    result = SimplifiedModel(proto, report, start._signature, start._dense, tensors)
+    if verify:
+        result.verification = _compare(result, rtol)
+    return result
+
+
+def fuse(
+    model: nn.Module | SimplifiedModel,
+    bn_folding: Collection[tuple[str, str]] | None = None,
+    example_inputs: Any = None,
+    **options: Any,
+) -> SimplifiedModel:
+    """Fold BatchNorm layers into the layers around them: the first step alone.
+
+    Args:
+        model: see `simplify`.
+        bn_folding: pairs (layer, BatchNorm) of module names; all that can be folded if None.
+        example_inputs: see `simplify`.
+        options: as of `simplify`.
+
+    Raises:
+        ExportError: see `simplify`.
+        VerificationError: see `simplify`.
+        ValueError: see `simplify`.
+    """
+    return _only("fold_batchnorm", model, example_inputs, bn_folding=bn_folding, **options)
+
+
+def propagate_bias(
+    model: nn.Module | SimplifiedModel,
+    example_inputs: Any = None,
+    pinned: Collection[str] = (),
+    **options: Any,
+) -> SimplifiedModel:
+    """Let the readers of constant channels absorb them: the second step alone.
+
+    Args:
+        model: see `simplify`.
+        example_inputs: see `simplify`.
+        pinned: modules whose output must not change in any channel.
+        options: as of `simplify`.
+
+    Raises:
+        ExportError: see `simplify`.
+        VerificationError: see `simplify`.
+        ValueError: see `simplify`.
+    """
+    return _only("propagate_bias", model, example_inputs, pinned=pinned, **options)
+
+
+def remove_zeroed(
+    model: nn.Module | SimplifiedModel,
+    example_inputs: Any = None,
+    pinned: Collection[str] = (),
+    **options: Any,
+) -> SimplifiedModel:
+    """Remove channels that are zero or that nothing reads: the third step alone.
+
+    Args:
+        model: see `simplify`.
+        example_inputs: see `simplify`.
+        pinned: modules that must keep all their output channels.
+        options: as of `simplify`.
+
+    Raises:
+        ExportError: see `simplify`.
+        VerificationError: see `simplify`.
+        ValueError: see `simplify`.
+    """
+    return _only("remove_zeroed", model, example_inputs, pinned=pinned, **options)
+
+
+def get_bn_folding(
+    model: nn.Module | SimplifiedModel, example_inputs: Any = None, *, exporter: Exporter = "dynamo"
+) -> list[tuple[str, str]]:
+    """The pairs (layer, BatchNorm) of module names that `fuse` can fold.
+
+    Args:
+        model: see `simplify`.
+        example_inputs: see `simplify`.
+        exporter: see `simplify`.
+
+    Raises:
+        ExportError: see `simplify`.
+        ValueError: see `simplify`.
+    """
+    start = _start(model, example_inputs, (), None, exporter, None)
+    return list(dict.fromkeys(pair for pair, _ in _pairs(start)))
+
+
+def get_pinned(
+    model: nn.Module | SimplifiedModel, example_inputs: Any = None, *, exporter: Exporter = "dynamo"
+) -> list[str]:
+    """Names of the layers whose output channels cannot be removed; there is no need to pin them.
+
+    Args:
+        model: see `simplify`.
+        example_inputs: see `simplify`.
+        exporter: see `simplify`.
+
+    Raises:
+        ExportError: see `simplify`.
+        ValueError: see `simplify`.
+    """
+    start = _start(model, example_inputs, (), None, exporter, None)
+    module = _modules(start)
+    found = (module(label) for label in onnx_simplify.get_pinned(start.onnx_model))
+    return [name for name in dict.fromkeys(found) if name is not None]
+
+
+def _only(step: str, model: Any, example_inputs: Any, **options: Any) -> SimplifiedModel:
+    return simplify(model, example_inputs, skip=[p for p in PASSES if p != step], **options)
+
+
+# ------------------------------------------------------------------------------------------------
+# Modules and their tensors
+
+
+def _start(
+    model: nn.Module | SimplifiedModel,
+    example_inputs: Any,
+    pinned: Collection[str],
+    dynamic_shapes: Any,
+    exporter: Exporter,
+    opset: int | None,
+) -> SimplifiedModel:
+    """The model as exported, or as the last step left it."""
+    if isinstance(model, SimplifiedModel):
+        return model
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    modules = dict(model.named_modules())
+    _check_names(pinned, set(modules))
+    traced = [n for n, m in modules.items() if n in pinned or isinstance(m, _LAYERS)]
+    if example_inputs is None:
+        example_inputs = _guess_inputs(model)
+    exported = export_traced(
+        model,
+        example_inputs,
+        traced,
+        dynamic_shapes=dynamic_shapes,
+        exporter=exporter,
+        opset=opset,
+        fuse_batchnorm=False,
+    )
+    proto = exported.proto
+    signature = _Signature.of(model, exported)
+    size = figures(load(proto), {})
+    report = Report(before=size, after=size)
+    return SimplifiedModel(proto, report, signature, proto, exported.tensors)
+
+
+def _check_names(names: Collection[str], known: Collection[str]) -> None:
+    """Raise ValueError unless all are names of modules."""
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean '{close[0]}'?" if close else ""
+            raise ValueError(f"the model has no module '{name}'{hint}")
+
+
+def _modules(model: SimplifiedModel) -> Callable[[str], str | None]:
+    """The module that a node, given by its label, belongs to."""
+    owner = {t: name for name, tensors in model._tensors.items() for t in tensors}
+    graph = model.onnx_model.graph
+    output = {node.name: node.output[0] for node in graph.node if node.name}
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+
+    def find(label: str) -> str | None:
+        tensor = output.get(label, label)
+        # A linear layer may be two nodes: the product, and the sum with the bias.
+        while tensor not in owner and len(readers.get(tensor, [])) == 1:
+            tensor = readers[tensor][0].output[0]
+        return owner.get(tensor)
+
+    return find
+
+
+def _pairs(model: SimplifiedModel) -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:
+    """Foldable pairs: (layer, BatchNorm) by module, and the same by node."""
+    module = _modules(model)
+    for layer, norm in onnx_simplify.get_bn_folding(model.onnx_model):
+        names = module(layer), module(norm)
+        if names[0] is not None and names[1] is not None:
+            yield (names[0], names[1]), (layer, norm)
+
+
+def _nodes(model: SimplifiedModel, pairs: Collection[tuple[str, str]]) -> set[tuple[str, str]]:
+    """The pairs of nodes that belong to pairs of modules.
+
+    Raises:
+        ValueError: a pair that cannot be folded.
+    """
+    wanted = {(str(a), str(b)) for a, b in pairs}
+    found = {nodes: names for names, nodes in _pairs(model) if names in wanted}
+    for pair in sorted(wanted - set(found.values())):
+        raise ValueError(f"cannot fold {pair}: see get_bn_folding")
+    return set(found)
+
+
+def _survivors(
+    before: onnx.ModelProto, after: onnx.ModelProto, tensors: dict[str, list[str]]
+) -> dict[str, list[str]]:
+    """Which tensors stand for modules after a step.
+
+    Where a BatchNorm was folded, the layer and it have become one node: both go by its output.
+    """
+    present = {name for node in after.graph.node for name in node.output}
+    merged: dict[str, str] = {}
+    for node in before.graph.node:
+        if node.op_type in ("BatchNormalization", "Identity"):
+            source, result = node.input[0], node.output[0]
+            if source not in present:
+                merged[source] = result
+            elif result not in present:
+                merged[result] = source
+    found = {}
+    for module, names in tensors.items():
+        names = [name if name in present else merged.get(name, name) for name in names]
+        if set(names) <= present:
+            found[module] = names
+    return found
+
+
+# ------------------------------------------------------------------------------------------------
+# Inputs and outputs
+
+
+def _leaves(call: Call) -> list[tuple[str, Any]]:
+    return [leaf for name, value in call.arguments.items() for leaf in leaves(value, name)]
+
+
+def _placeholder(leaf: Any) -> Any:
+    return leaf.to("meta") if isinstance(leaf, torch.Tensor) else copy.copy(leaf)
+
+
+def _guess_inputs(model: nn.Module) -> torch.Tensor:
+    """Images, a signal or a vector that the first layer takes, and the model after it.
+
+    Raises:
+        ValueError: the model takes other arguments, or none of the sizes that were tried.
+    """
+    first = next((m for m in model.modules() if isinstance(m, (_ConvNd, nn.Linear))), None)
+    required = [
+        p
+        for p in inspect.signature(model.forward).parameters.values()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    shapes: list[tuple[int, ...]] = []
+    if isinstance(first, nn.Linear):
+        shapes = [(1, first.in_features)]
+    elif isinstance(first, _ConvNd):
+        space = len(first.kernel_size)
+        shapes = [(1, first.in_channels, *[size] * space) for size in _GUESSES[space == 3 and 2 :]]
+    if len(required) == 1:
+        with inference(model) as module:
+            for shape in shapes:
+                example = torch.zeros(shape, dtype=next(model.parameters()).dtype)
+                try:
+                    module(example.clone())
+                except Exception:  # this size is not for this model
+                    continue
+                return example
+    raise ValueError("example inputs cannot be guessed for this model: give example_inputs")
+
+
+def _compare(model: SimplifiedModel, rtol: float | None) -> Verification:
+    """Compare with the module itself.
+
+    Raises:
+        VerificationError: they differ.
+    """
+    signature = model._signature
+    half = is_half(load(model._dense))
+    tolerance = rtol if rtol is not None else (1e-2 if half else 1e-4)
+    result = Verification(True, 0.0, tolerance, 0, [])
+    with inference(signature.model) as module:
+        for call in _calls(model):
+            try:
+                expected = call.run(module)
+            except Exception:
+                if call is signature.example:
+                    raise
+                continue  # a size or values that are not for this model
+            wanted = [tensor.detach().cpu().numpy() for tensor in tensors_of(expected)]
+            feeds = signature.feeds(call)
+            gap, reason = difference(wanted, model._session.run(feeds))
+            result.runs += 1
+            result.sizes.append({})
+            result.worst = max(result.worst, gap)
+            if not gap <= tolerance:
+                exported = difference(wanted, Session(load(model._dense)).run(feeds))[0]
+                blame = (
+                    "; so does the exported model: try the other exporter"
+                    if not exported <= tolerance
+                    else ""
+                )
+                raise VerificationError(
+                    "the result differs from the torch model"
+                    f" ({reason or f'relative error {gap:.2g}'}){blame}"
+                )
+    return result
+
+
+def _calls(model: SimplifiedModel) -> Iterator[Call]:
+    """The example, random inputs of its shapes, and larger ones where shapes are dynamic."""
+    module, example = model._signature.model, model._signature.example
+    yield example
+    shapes = [tuple(tensor.shape) for tensor in example.tensors()]
+    yield _varied(module, example, shapes, 1)
+    dynamic = {
+        value.name: [bool(d.dim_param) for d in value.type.tensor_type.shape.dim]
+        for value in model._dense.graph.input
+    }
+    if any(map(any, dynamic.values())):
+        for name, k in model._signature.names.items():
+            shapes[k] = tuple(
+                2 * size if free else size
+                for size, free in zip(shapes[k], dynamic[name], strict=True)
+            )
+        yield _varied(module, example, shapes, 2)
+
+
+def _varied(
+    model: nn.Module, call: Call, shapes: Sequence[tuple[int, ...]], seed: int
+) -> Call:
+    """The call with tensors of other shapes: normal where they are real, else the example's."""
+    random = torch.Generator().manual_seed(seed)
+    tensors = []
+    for tensor, shape in zip(call.tensors(), shapes, strict=True):
+        if tensor.is_floating_point():
+            tensors.append(torch.randn(shape, generator=random).to(tensor))
+        else:
+            repeats = [new // old for new, old in zip(shape, tensor.shape, strict=True)]
+            tensors.append(tensor.repeat(repeats) if repeats else tensor)
+    return Call.of(model, call.filled(tensors))
