@@ -17,6 +17,8 @@ from onnx_simplify.api import (
 from onnx_simplify.errors import CannotVerifyError, ModelError, SimplifyError, VerificationError
 from onnx_simplify.pipeline import PASSES
 from onnx_simplify.report import Report
+from onnx_simplify.runtime.benchmark import Timing
+from onnx_simplify.runtime.verify import Verification
 from onnx_simplify.version import __version__
 
 __all__ = [
@@ -25,6 +27,8 @@ __all__ = [
     "ModelError",
     "Report",
     "SimplifyError",
+    "Timing",
+    "Verification",
     "VerificationError",
     "__version__",
     "benchmark",

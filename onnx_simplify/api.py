@@ -36,8 +36,8 @@ from onnx_simplify.graph.edit import label
 from onnx_simplify.graph.model import Model, ModelSource, load
 from onnx_simplify.graph.shapes import infer
 from onnx_simplify.passes.clean import clean
+from onnx_simplify.passes.fold_batchnorm import check_pairs, foldable
 from onnx_simplify.passes.fold_batchnorm import fold_batchnorm as _fold_batchnorm
-from onnx_simplify.passes.fold_batchnorm import foldable
 from onnx_simplify.passes.fold_shapes import fold_shapes
 from onnx_simplify.passes.propagate_bias import propagate_bias as _propagate_bias
 from onnx_simplify.passes.remove_zeroed import remove_zeroed as _remove_zeroed
@@ -96,8 +96,9 @@ def simplify(
         CannotVerifyError: the original itself does not run, and ``verify`` is true.
         VerificationError: the result differs from the original.
     """
+    _check_positive(rtol=rtol, channel_multiple=channel_multiple, threads=threads)
     options = Options(
-        pinned=pinned,
+        pinned=_names(pinned),
         skip=checked_passes(skip),
         bn_folding=bn_folding,
         input_shapes=dict(input_shapes or {}),
@@ -129,10 +130,8 @@ def fold_batchnorm(
     """
     working = _cleaned(model)
     if pairs is not None:
-        pairs = {(str(a), str(b)) for a, b in pairs}
-        unknown = pairs - set(_pairs(working))
-        if unknown:
-            raise ModelError(f"cannot fold {sorted(unknown)[0]}: see get_bn_folding")
+        infer(working)
+        pairs = check_pairs(working, pairs)
     _fold_batchnorm(working, pairs)
     return working.to_proto()
 
@@ -189,6 +188,7 @@ def remove_zeroed(
         ModelError: the model is invalid, or an argument does not fit it.
         CannotVerifyError: the model does not run, so zeros cannot be measured.
     """
+    _check_positive(channel_multiple=channel_multiple)
     working = _cleaned(model, pinned)
     planner = Planner(profile(checked_target(target), channel_multiple))
     feeds = _feeds(working, input_shapes, input_data)
@@ -250,6 +250,7 @@ def verify(
         ModelError: a model is invalid, or an argument does not fit it.
         CannotVerifyError: the original runs on no input that could be made.
     """
+    _check_positive(rtol=rtol)
     dense = load(original)
     reference = Reference(
         dense, input_shapes=input_shapes, input_data=input_data, count=checks
@@ -281,6 +282,7 @@ def benchmark(
         ModelError: a model is invalid, or an argument does not fit it.
         CannotVerifyError: the first model runs on no input that could be made.
     """
+    _check_positive(threads=threads, rounds=rounds)
     loaded = {name: load(model) for name, model in models.items()}
     if not loaded:
         return {}
@@ -289,12 +291,25 @@ def benchmark(
     return time_models(loaded, feeds, threads=threads, rounds=rounds)
 
 
+def _names(names: Collection[str]) -> Collection[str]:
+    """The names; a single one need not be in a list."""
+    return [names] if isinstance(names, str) else names
+
+
+def _check_positive(**numbers: float | None) -> None:
+    """Raise ModelError unless the numbers that are given are positive."""
+    for name, number in numbers.items():
+        if number is not None and not number > 0:
+            raise ModelError(f"{name} is {number}, but must be positive")
+
+
 def checked_passes(names: Collection[str]) -> Collection[str]:
     """The names, if all are passes.
 
     Raises:
         ModelError: one is not.
     """
+    names = _names(names)
     for name in names:
         if name not in PASSES:
             raise ModelError(f"unknown pass '{name}': choose from {', '.join(PASSES)}")
@@ -314,7 +329,7 @@ def checked_target(name: str | None) -> str | None:
 
 def _cleaned(source: ModelSource, pinned: Collection[str] = ()) -> Model:
     working = load(source)
-    working.pin(pinned)
+    working.pin(_names(pinned))
     clean(working)
     settle_disputes(working, None)
     fold_shapes(working)

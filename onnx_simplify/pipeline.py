@@ -15,7 +15,7 @@ from onnx_simplify.graph.model import Model
 from onnx_simplify.graph.shapes import infer
 from onnx_simplify.passes.clean import clean
 from onnx_simplify.passes.compress_maps import compress_maps
-from onnx_simplify.passes.fold_batchnorm import fold_batchnorm
+from onnx_simplify.passes.fold_batchnorm import check_pairs, fold_batchnorm
 from onnx_simplify.passes.fold_shapes import fold_shapes
 from onnx_simplify.passes.propagate_bias import propagate_bias
 from onnx_simplify.passes.remove_zeroed import remove_zeroed
@@ -129,6 +129,9 @@ def simplify_in_place(
     clean(model)
     settle_disputes(model, None if reference is None else reference.feeds[0])
     fold_shapes(model)
+    if options.bn_folding is not None:
+        infer(model)
+        check_pairs(model, options.bn_folding)
     if "fold_batchnorm" not in options.skip:
         report.batchnorms_folded = fold_batchnorm(model, options.bn_folding)
         model.release()

@@ -56,11 +56,15 @@ def execute(found: Iterable[Block]) -> dict[str, Any]:
 
 
 def section(name: str, title: str) -> str:
-    """What stands below a heading, up to the next heading.
+    """What stands below a heading, up to the next one of its level or above.
 
     Returns:
         Nothing if there is no such heading.
     """
     text = (DOCS / name).read_text(encoding="utf-8")
-    found = re.search(rf"^#+ {re.escape(title)}$\n(.*?)(?=^#+ |\Z)", text, re.M | re.S)
-    return found[1] if found else ""
+    found = re.search(rf"^(#+) {re.escape(title)}$\n", text, re.M)
+    if found is None:
+        return ""
+    rest = text[found.end() :]
+    end = re.search(rf"^#{{1,{len(found[1])}}} ", rest, re.M)
+    return rest[: end.start()] if end else rest

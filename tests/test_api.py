@@ -406,6 +406,42 @@ def test_get_pinned(model, sample_model):
     assert get_pinned(sample_model) == ["classifier"]
 
 
+def test_get_pinned_behind_a_pooling_whose_size_is_in_dispute():
+    g = Graph()
+    x = g.conv(g.input("x", ["n", 3, 9, 9]), g.normal(8, 3, 3, 3), g.normal(8), name="free")
+    x = g.op("MaxPool", x, kernel_shape=[2, 2], strides=[2, 2], ceil_mode=1)
+    g.output(g.conv(x, g.normal(8, 8, 1, 1), g.normal(8), name="last"))
+    assert get_pinned(g.model()) == ["last"]
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda m: simplify(m, rtol=-1), "rtol is -1"),
+        (lambda m: simplify(m, threads=0), "threads is 0"),
+        (lambda m: remove_zeroed(m, channel_multiple=0), "channel_multiple is 0"),
+        (lambda m: benchmark({"m": m}, rounds=0), "rounds is 0"),
+        (lambda m: verify(m, m, rtol=0), "rtol is 0"),
+        (lambda m: simplify(m, bn_folding=[("a", "b")]), "cannot fold .'a', 'b'."),
+        (lambda m: simplify(3), "expected a path, bytes or a ModelProto, got int"),
+    ],
+)
+def test_arguments_are_checked(model, call, message):
+    with pytest.raises(ModelError, match=message):
+        call(model)
+
+
+def test_one_name_need_not_be_in_a_list(model):
+    _, report = simplify(model, pinned="conv1", skip="fold_batchnorm")
+    assert report.batchnorms_folded == 0
+    assert report.layers[0].outputs_after == report.layers[0].outputs
+
+
+def test_only_the_pairs_asked_for_are_folded(model):
+    result, report = simplify(model, bn_folding=PAIRS[:1])
+    assert report.batchnorms_folded == 1 and count(result, "BatchNormalization") == 1
+
+
 def test_get_pinned_behind_opaque_operators():
     g = Graph()
     x = g.conv(g.input("x", ["n", 3, 8, 8]), g.normal(8, 3, 3, 3), g.normal(8), name="free")

@@ -304,6 +304,8 @@ def load(source: ModelSource) -> Model:
     folder: Path | None = None
     source_bytes = None
     arrays: dict[str, np.ndarray] = {}
+    if not isinstance(source, (ModelProto, bytes, str, os.PathLike)):
+        raise ModelError(f"expected a path, bytes or a ModelProto, got {type(source).__name__}")
     if isinstance(source, ModelProto):
         proto, arrays = _strip(source)
     else:

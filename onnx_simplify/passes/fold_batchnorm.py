@@ -20,6 +20,7 @@ from onnx_simplify.channels.operators import lookup
 from onnx_simplify.channels.operators.base import constant_input, has_input
 from onnx_simplify.channels.operators.elementwise import has_equal_vectors
 from onnx_simplify.channels.operators.linear import Linear
+from onnx_simplify.errors import ModelError
 from onnx_simplify.graph.edit import Editor, Readers, consumers, label, remove_nodes
 from onnx_simplify.graph.model import Model
 
@@ -67,6 +68,19 @@ def fold_batchnorm(model: Model, pairs: Collection[tuple[str, str]] | None = Non
         remove_nodes(model, {id(bn) for _, bn, _ in chosen})
         editor.finish()
         count += len(chosen)
+
+
+def check_pairs(model: Model, pairs: Collection[tuple[str, str]]) -> set[tuple[str, str]]:
+    """The pairs of names, if all can be folded. Shapes must have been inferred.
+
+    Raises:
+        ModelError: one cannot.
+    """
+    wanted = {(str(a), str(b)) for a, b in pairs}
+    unknown = wanted - {(label(node), label(bn)) for node, bn, _ in foldable(model)}
+    if unknown:
+        raise ModelError(f"cannot fold {sorted(unknown)[0]}: see get_bn_folding")
+    return wanted
 
 
 def affine(bn: gs.Node) -> tuple[np.ndarray, np.ndarray]:
