@@ -21,7 +21,7 @@ from onnx_simplify.passes.propagate_bias import propagate_bias
 from onnx_simplify.passes.remove_zeroed import remove_zeroed
 from onnx_simplify.planning.planner import Planner
 from onnx_simplify.planning.profiles import profile
-from onnx_simplify.report import Opaque, Report, add_findings, figures, layers
+from onnx_simplify.report import Opaque, Report, add_findings, figures, ideal_macs, layers
 from onnx_simplify.runtime.benchmark import time_models
 from onnx_simplify.runtime.inputs import candidate_sizes, input_specs
 from onnx_simplify.runtime.measure import settle_disputes
@@ -140,6 +140,8 @@ def simplify_in_place(
 
     def observe(analysis: Analysis) -> None:
         add_findings(before, analysis)
+        if analysis.level:
+            report.ideal_macs = ideal_macs(analysis, report.input_shapes)
         report.opaque = [
             Opaque(label(n), n.op, analysis.layouts.opaque.get(id(n), "operator not known"))
             for n in model.graph.nodes

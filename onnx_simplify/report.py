@@ -14,6 +14,7 @@ from onnx_simplify.channels.analysis import Analysis
 from onnx_simplify.channels.layouts import Unsupported
 from onnx_simplify.channels.operators import lookup
 from onnx_simplify.channels.operators.linear import Linear
+from onnx_simplify.channels.values import VARYING
 from onnx_simplify.graph.edit import label
 from onnx_simplify.graph.model import Model
 from onnx_simplify.graph.shapes import infer
@@ -88,6 +89,8 @@ class Report:
         before: figures of the original.
         after: figures of the result.
         layers: all layers with weights, in execution order.
+        ideal_macs: multiply-accumulates between channels that vary with the input and reach an
+            output: a lower bound that no arrangement of channels can beat; None if unknown.
         batchnorms_folded: number of BatchNormalization nodes folded.
         opaque: nodes whose channels were left alone, and why.
         input_shapes: shapes of the inputs that MACs are counted for.
@@ -101,6 +104,7 @@ class Report:
     before: Figures
     after: Figures
     layers: list[Layer] = field(default_factory=list)
+    ideal_macs: int | None = None
     batchnorms_folded: int = 0
     opaque: list[Opaque] = field(default_factory=list)
     input_shapes: dict[str, list[int]] = field(default_factory=dict)
@@ -151,6 +155,12 @@ def figures(model: Model, shapes: Mapping[str, Sequence[int]]) -> Figures:
 
 def count_macs(model: Model, shapes: Mapping[str, Sequence[int]]) -> int | None:
     """Multiply-accumulate operations of all layers with weights; None if sizes are not known."""
+    found = _macs(model, shapes)
+    return None if found is None else sum(found.values())
+
+
+def _macs(model: Model, shapes: Mapping[str, Sequence[int]]) -> dict[str, int] | None:
+    """Multiply-accumulate operations by the layer's output; None if sizes are not known."""
     model = model.copy()
     if any(n.op == "Constant" for n in model.graph.nodes):
         clean(model)
@@ -159,13 +169,14 @@ def count_macs(model: Model, shapes: Mapping[str, Sequence[int]]) -> int | None:
         # Sizes are computed on the way: follow the computation for these inputs.
         clean(model)
         fold_shapes(model, shapes)
-    total = 0
+    found = {}
     for node, rule in _weighted(model):
         tensors = [t for t in (*node.inputs, *node.outputs) if not isinstance(t, gs.Constant)]
         if not all(_is_known(t) for t in tensors if t.name):
             return None
-        total += rule.macs(node, {t.name: list(t.shape) for t in tensors if t.name})
-    return total
+        sizes = {t.name: list(t.shape) for t in tensors if t.name}
+        found[node.outputs[0].name] = rule.macs(node, sizes)
+    return found
 
 
 def _is_known(tensor: gs.Tensor) -> bool:
@@ -212,3 +223,37 @@ def add_findings(found: Mapping[int, Layer], analysis: Analysis) -> None:
         layer.dead = int(dead.sum())
         if result in analysis.level:
             layer.constant = int(((analysis.level[result] > 0) & ~dead).sum())
+
+
+def ideal_macs(analysis: Analysis, shapes: Mapping[str, Sequence[int]]) -> int | None:
+    """Multiply-accumulates between channels that vary and are needed; None if not known.
+
+    Constants count as absorbed, wherever they are read.
+
+    Args:
+        analysis: an analysis with levels.
+        shapes: sizes of the inputs.
+    """
+    total = _macs(analysis.model, shapes)
+    if total is None:
+        return None
+    need = analysis.need(
+        {
+            (id(node), index): analysis.level[tensor.name] > VARYING
+            for node in analysis.model.graph.nodes
+            for index, tensor in enumerate(node.inputs)
+            if tensor.name in analysis.level and not isinstance(tensor, gs.Constant)
+        }
+    )
+    found = 0.0
+    for node, rule in _weighted(analysis.model):
+        groups, *sizes = rule.dims(node)
+        ends = node.outputs[0].name, node.inputs[rule.wiring(node).data].name
+        live = [np.full(groups, size) for size in sizes]
+        for k, name in enumerate(ends):
+            if name in need and need[name].size == groups * sizes[k]:
+                varying = need[name] & (analysis.level[name] == VARYING)
+                live[k] = varying.reshape(groups, -1).sum(1)
+        share = float((live[0] * live[1]).sum()) / (groups * sizes[0] * sizes[1])
+        found += total[ends[0]] * share
+    return round(found)
