@@ -255,5 +255,6 @@ def ideal_macs(analysis: Analysis, shapes: Mapping[str, Sequence[int]]) -> int |
                 varying = need[name] & (analysis.level[name] == VARYING)
                 live[k] = varying.reshape(groups, -1).sum(1)
         share = float((live[0] * live[1]).sum()) / (groups * sizes[0] * sizes[1])
-        found += total[ends[0]] * share
+        # What does not depend on the inputs' values is gone where sizes had to be followed.
+        found += total.get(ends[0], 0) * share
     return round(found)

@@ -7,7 +7,10 @@ A channel that does not depend on the input still costs full price.  Its readers
     W x, no padding, channel k = v                      b += v * sum(W[:, k]);        W[:, k] = 0
     W x, padding, channels k = v_k                      W[:, r] += v_k/v_r * W[:, k]; W[:, k] = 0
                                                         (channel r stays and stands for all others)
-    the same, static sizes                              output += map;                W[:, k] = 0
+    W x, channels k = maps, sum_j c_jk map_j + d_k      W[:, j] += c_jk W[:, k];      W[:, k] = 0
+                                                        (a few channels j stay and stand for all;
+                                                        b += d_k W[:, k] without padding)
+    either, static sizes                                output += map;                W[:, k] = 0
 
 after which nobody needs the channel.  Only channels that become removable this way are touched.
 """
@@ -30,7 +33,7 @@ from onnx_simplify.graph.model import Model
 from onnx_simplify.graph.shapes import Dim
 from onnx_simplify.passes.clean import clean
 from onnx_simplify.passes.regroup_shuffles import regroup_shuffles
-from onnx_simplify.planning.planner import Planner
+from onnx_simplify.planning.planner import Planner, Work
 from onnx_simplify.runtime.inputs import Feeds
 from onnx_simplify.runtime.measure import measure
 from onnx_simplify.runtime.session import run_proto
@@ -39,6 +42,10 @@ from onnx_simplify.runtime.session import run_proto
 _LARGEST_CONSTANT = 1 << 24
 # A channel stands for others that are up to so many times larger: rounding grows with the ratio.
 _LARGEST_RATIO = 8
+# A map counts as a combination of others up to this share of its largest value.
+_RESIDUE = 1e-6
+# More channels than this never stand for others.
+_LARGEST_BASIS = 32
 
 
 def propagate_bias(
@@ -215,7 +222,9 @@ class _Reader:
         mapped: channels whose constant varies in space.
         values: the constant of uniform channels, NaN elsewhere.
         absorb: the channels to absorb, once decided.
-        representative: for each channel that another one stands for, which one; -1 elsewhere.
+        replaced: channels that others stand for.
+        offsets: a constant to add for each of them.
+        stand_ins: (channels, those that stand for them, weights ``[stand-ins, channels]``).
     """
 
     node: gs.Node
@@ -226,7 +235,15 @@ class _Reader:
     mapped: np.ndarray
     values: np.ndarray
     absorb: np.ndarray = field(init=False)
-    representative: np.ndarray = field(init=False)
+    replaced: np.ndarray = field(init=False)
+    offsets: np.ndarray = field(init=False)
+    stand_ins: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Nothing is decided yet."""
+        self.absorb = np.zeros(self.labels.size, bool)
+        self.replaced = np.zeros(self.labels.size, bool)
+        self.offsets = np.zeros(self.labels.size)
 
     @property
     def candidates(self) -> np.ndarray:
@@ -250,12 +267,12 @@ def _absorb(
     analysis: Analysis, planner: Planner, readers: list[_Reader], alive: np.ndarray
 ) -> None:
     """Absorb what makes channels removable; ``alive`` is modified."""
-    dead = ~alive
-    for reader in readers:
-        _decide(analysis, planner, reader, dead, alive)
+    # Backwards: a channel that stays for a later reader need not be absorbed by an earlier one.
+    for reader in reversed(readers):
+        _decide(analysis, planner, reader, alive)
     editor = Editor(analysis.model, analysis.layouts.readers)
     for reader in readers:
-        _rewrite(analysis, editor, reader)
+        _rewrite(analysis, editor, reader, alive)
     editor.finish()
 
 
@@ -291,27 +308,35 @@ def _readers(analysis: Analysis, only_zeros: bool) -> list[_Reader]:
     return found
 
 
-def _decide(
-    analysis: Analysis, planner: Planner, reader: _Reader, dead: np.ndarray, alive: np.ndarray
-) -> None:
-    """Choose what to absorb and how; representatives are marked in ``alive``."""
+def _decide(analysis: Analysis, planner: Planner, reader: _Reader, alive: np.ndarray) -> None:
+    """Choose what to absorb and how; channels that stand for others are marked in ``alive``."""
     used = reader.rule.used(reader.node)
-    groups, _, inputs = used.shape
-    reader.absorb = reader.candidates & dead[reader.labels] & used.any(axis=1).ravel()
-    reader.representative = np.full(reader.labels.size, -1)
-    padded = reader.absorb & reader.padded
-    if not padded.any():
+    reader.absorb = reader.candidates & ~alive[reader.labels] & used.any(axis=1).ravel()
+    varied = reader.absorb & ~reader.scalar
+    if not varied.any():
         return
+    if not (reader.absorb & reader.mapped).any():
+        _decide_uniform(analysis, planner, reader, alive, varied)
+    elif len(used) == 1:
+        _decide_mapped(analysis, planner, reader, alive, varied)
+
+
+def _decide_uniform(
+    analysis: Analysis, planner: Planner, reader: _Reader, alive: np.ndarray, padded: np.ndarray
+) -> None:
+    """One channel of each group stands for all others: their constants are multiples of its."""
+    groups, _, inputs = reader.rule.used(reader.node).shape
     static = reader.rule.is_static(reader.node, analysis)
-    if (reader.absorb & reader.mapped).any() or (groups > 1 and static):
+    if groups > 1 and static:
         return
-    live = int(np.count_nonzero(alive[reader.labels]))
     # A constant channel that stays anyway stands for the others at no cost.
     staying = reader.padded & alive[reader.labels]
     largest = np.abs(reader.values[padded]).max()
     staying &= np.abs(np.nan_to_num(reader.values)) * _LARGEST_RATIO >= largest
-    if not staying.any() and not planner.prefers_representative(live, static):
-        return
+    if static and not staying.any():
+        best = np.flatnonzero(padded)[[int(np.argmax(np.abs(reader.values[padded])))]]
+        if not _is_cheaper(analysis, planner, reader, alive, best):
+            return
     for group in range(groups):
         start = group * inputs
         members = np.flatnonzero(padded[start : start + inputs]) + start
@@ -320,29 +345,155 @@ def _decide(
         able = np.flatnonzero(staying[start : start + inputs]) + start
         able = able if able.size else members
         best = able[int(np.argmax(np.abs(reader.values[able])))]
-        reader.representative[members] = best
-        reader.absorb[best] = False
-        alive[reader.labels[best]] = True
+        ratios = reader.values[members] / reader.values[best]
+        _stand_for(reader, alive, members, np.array([best]), ratios[None, :])
 
 
-def _rewrite(analysis: Analysis, editor: Editor, reader: _Reader) -> None:
+def _decide_mapped(
+    analysis: Analysis, planner: Planner, reader: _Reader, alive: np.ndarray, varied: np.ndarray
+) -> None:
+    """A few channels stand for all others, whose maps are linear combinations of theirs."""
+    source = reader.node.inputs[reader.rule.wiring(reader.node).data]
+    known = analysis.array(source)
+    axis = reader.rule.wiring(reader.node).axis_in % len(analysis.shape(source))
+    members = np.flatnonzero(varied)
+    if known is None or known.shape[axis] != reader.labels.size:
+        return
+    maps = np.moveaxis(known, axis, 0)[members].reshape(members.size, -1).astype(np.float64)
+    uniform = np.isfinite(reader.values[members])
+    maps[uniform] = reader.values[members][uniform, None]
+    # Without padding the bias takes what is the same everywhere.
+    free = not reader.rule.spread_axes(reader.node)
+    found = basis(maps, free, _LARGEST_BASIS)
+    if found is None:
+        return
+    chosen, weights, offsets = found
+    if not _is_cheaper(analysis, planner, reader, alive, members[chosen]):
+        return
+    _stand_for(reader, alive, members, members[chosen], weights)
+    reader.offsets[members] = offsets
+
+
+def _is_cheaper(
+    analysis: Analysis,
+    planner: Planner,
+    reader: _Reader,
+    alive: np.ndarray,
+    stand_ins: np.ndarray,
+) -> bool:
+    """Whether these channels shall stay to stand for others, rather than a map be added."""
+    node, rule = reader.node, reader.rule
+    labels = reader.labels[stand_ins]
+    source, result = _positions(analysis, node, rule)
+    taps = rule.weights(node)[0, 0, 0].size
+    outputs = int(alive[rule.channels(node, analysis)[1]].sum()) * result
+    own = Work(int(alive[reader.labels].sum()), taps * outputs, source)
+    producers = []
+    for other in analysis.model.graph.nodes:
+        maker = analysis.rule[id(other)]
+        if other is node:
+            break
+        if not isinstance(maker, Linear) or not analysis.has(other.outputs[0]):
+            continue
+        inputs, results = maker.channels(other, analysis)
+        if not np.isin(results, labels).any():
+            continue
+        groups = len(maker.used(other))
+        each = max(1, int(alive[inputs].sum()) // groups) * maker.weights(other)[0, 0, 0].size
+        place = _positions(analysis, other, maker)[1]
+        producers.append(Work(int(alive[results].sum()), each * place, place))
+    return planner.prefers_stand_ins(stand_ins.size, producers, own, outputs)
+
+
+def _positions(analysis: Analysis, node: gs.Node, rule: Linear) -> tuple[int, int]:
+    """Positions in space of a node's input and output, of one image if sizes are not known."""
+    wiring = rule.wiring(node)
+    found = []
+    ends = (node.inputs[wiring.data], wiring.axis_in), (node.outputs[0], wiring.axis_out)
+    for tensor, axis in ends:
+        shape = analysis.shape(tensor)
+        space = [d for k, d in enumerate(shape) if k > axis % len(shape) and isinstance(d, int)]
+        found.append(int(np.prod(space)))
+    return found[0], found[1]
+
+
+def _stand_for(
+    reader: _Reader,
+    alive: np.ndarray,
+    members: np.ndarray,
+    chosen: np.ndarray,
+    weights: np.ndarray,
+) -> None:
+    """Let channels stand for others: ``weights[k, m]`` times ``chosen[k]`` for ``members[m]``."""
+    reader.absorb[chosen] = False
+    alive[reader.labels[chosen]] = True
+    rest = ~np.isin(members, chosen)
+    reader.stand_ins.append((members[rest], chosen, weights[:, rest]))
+    reader.replaced[members[rest]] = True
+
+
+def basis(
+    maps: np.ndarray, free: bool, most: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """A few rows of which all rows are linear combinations; None if there are not few.
+
+    Rows are chosen greedily, each the one that those before explain least (QR decomposition with
+    column pivoting, Golub 1965), and checked on all entries.
+
+    Args:
+        maps: float64 ``[rows, entries]``.
+        free: whether a constant may be added to each combination.
+        most: how many rows at most.
+
+    Returns:
+        Indices of the rows chosen, the combinations ``[chosen, rows]`` and the constants to add
+        ``[rows]``.
+    """
+    centred = maps - maps.mean(axis=1, keepdims=True) if free else maps
+    size = np.abs(maps).max(axis=1)
+    rest = centred.copy()
+    chosen: list[int] = []
+    while (np.abs(rest).max(axis=1) > _RESIDUE * size).any():
+        if len(chosen) == most:
+            return None
+        norms = np.linalg.norm(rest, axis=1)
+        best = int(np.argmax(norms))
+        chosen.append(best)
+        direction = rest[best] / norms[best]
+        rest -= np.outer(rest @ direction, direction)
+    if not chosen:
+        return None
+    index = np.array(chosen)
+    weights = np.linalg.lstsq(centred[index].T, centred.T, rcond=None)[0]
+    error = np.abs(weights.T @ centred[index] - centred).max(axis=1)
+    if (error > _RESIDUE * size).any() or np.abs(weights).max() > _LARGEST_RATIO:
+        return None
+    offsets = maps.mean(axis=1) - weights.T @ maps[index].mean(axis=1) if free else 0 * size
+    return index, weights, offsets
+
+
+def _rewrite(
+    analysis: Analysis, editor: Editor, reader: _Reader, alive: np.ndarray
+) -> None:
     if not reader.absorb.any():
         return
     node, rule = reader.node, reader.rule
-    stands_for = reader.absorb & (reader.representative >= 0)
     scalar = reader.absorb & reader.scalar
-    mapped = reader.absorb & ~scalar & ~stands_for
-    shift = rule.response(node, np.where(scalar, reader.values, 0.0))
+    mapped = reader.absorb & ~scalar & ~reader.replaced
+    # Nobody looks at an output that is dead.
+    seen = alive[rule.channels(node, analysis)[1]]
+    shift = rule.response(node, np.where(scalar, reader.values, reader.offsets)) * seen
     addend = None
-    if mapped.any():
+    if mapped.any() and seen.any():
         addend = _response_map(analysis, reader, mapped)
         axis = rule.wiring(node).axis_out % addend.ndim
+        addend *= seen.reshape([-1 if a == axis else 1 for a in range(addend.ndim)])
         flat = np.moveaxis(addend, axis, 0).reshape(addend.shape[axis], -1)
         if np.allclose(flat, flat[:, :1], rtol=1e-6, atol=1e-12):
             shift += flat[:, 0]
             addend = None
-    if stands_for.any():
-        _merge_columns(reader, stands_for, editor)
+    if reader.stand_ins:
+        _merge_columns(reader, editor)
     rule.zero_columns(node, reader.absorb, editor.put)
     if shift.any() and not rule.add_bias(node, shift, editor.put):
         editor.add_behind(node, rule.per_channel(node, shift))
@@ -350,16 +501,17 @@ def _rewrite(analysis: Analysis, editor: Editor, reader: _Reader) -> None:
         editor.add_behind(node, addend)
 
 
-def _merge_columns(reader: _Reader, stands_for: np.ndarray, editor: Editor) -> None:
+def _merge_columns(reader: _Reader, editor: Editor) -> None:
     """Add the scaled weights of channels to those of the channels that stand for them."""
     weight = np.array(reader.rule.weights(reader.node))
     inputs = weight.shape[2]
-    for channel in np.flatnonzero(stands_for):
-        other = reader.representative[channel]
-        ratio = reader.values[channel] / reader.values[other]
-        group = channel // inputs
-        extra = weight[group, :, channel % inputs] * weight.dtype.type(ratio)
-        weight[group, :, other % inputs] += extra
+    for members, chosen, factors in reader.stand_ins:
+        if not members.size:
+            continue
+        group = members[0] // inputs
+        columns = weight[group][:, members % inputs].astype(np.float64)
+        extra = np.einsum("om...,km->ok...", columns, factors)
+        weight[group][:, chosen % inputs] += extra.astype(weight.dtype)
     reader.rule.set_weights(reader.node, weight, editor.put)
 
 

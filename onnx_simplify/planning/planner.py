@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.analysis import Analysis
 from onnx_simplify.channels.operators.linear import Convolution
 from onnx_simplify.planning.profiles import Profile
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a layer does for its channels on one side.
+
+    Attributes:
+        channels: how many stay.
+        macs: multiply-accumulates for each.
+        positions: positions in space of each.
+    """
+
+    channels: int
+    macs: int
+    positions: int
 
 
 class Planner:
@@ -41,15 +58,34 @@ class Planner:
         alive[dead] = True
         return dead.size > 0
 
-    def prefers_representative(self, live: int, static: bool) -> bool:
-        """How a padded convolution absorbs non-zero constants.
+    def prefers_stand_ins(
+        self, rank: int, producers: list[Work], reader: Work, result: int
+    ) -> bool:
+        """How a convolution of static size absorbs constants that a bias cannot express.
 
         Args:
-            live: channels that its input keeps anyway.
-            static: whether a bias map is possible.
+            rank: constant channels that must stay to stand for all others.
+            producers: the layers that compute these channels.
+            reader: the convolution, with its input channels.
+            result: elements of its output.
 
         Returns:
-            True to keep one constant channel that stands for the others: free when the count
-            rounds up anyway. False for a bias map.
+            True to keep constant channels that stand for the others. False to add a map to the
+            output, for which onnxruntime leaves its blocked layout and comes back.
         """
-        return not static or live % max(self.profile.multiple, 1) != 0
+        profile = self.profile
+        if profile.multiple == 1:
+            return False  # asked for the fewest channels
+        cost = self._grown(reader.channels, rank, profile.block) * reader.macs * profile.mac_cost
+        for layer in producers:
+            each = layer.positions * profile.channel_cost + layer.macs * profile.mac_cost
+            cost += self._grown(layer.channels, rank, profile.block) * each
+        return cost < profile.map_cost * result + profile.node_cost
+
+    def _grown(self, count: int, more: int, multiple: int) -> int:
+        """By how much a number of channels grows, both times rounded up."""
+        return _rounded(count + more, multiple) - _rounded(count, multiple)
+
+
+def _rounded(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 
@@ -16,11 +16,19 @@ class Profile:
         block: channels that the blocked (NCHWc) convolution kernels process at a time.
         multiple: channel counts of convolutions that are no multiple of this leave the blocked
             kernels; the planner keeps dead channels to reach one.
+        channel_cost: nanoseconds to store and load one more channel, per position.
+        mac_cost: nanoseconds per multiply-accumulate of a convolution.
+        map_cost: nanoseconds per element to add a map, with the reorders around it.
+        node_cost: nanoseconds for an operator, however small its tensors, with these reorders.
     """
 
     name: str
     block: int
     multiple: int
+    channel_cost: float = 0.15
+    mac_cost: float = 0.0085
+    map_cost: float = 0.2
+    node_cost: float = 4000
 
 
 PROFILES = {
@@ -47,4 +55,4 @@ def profile(name: str | None, multiple: int | None = None) -> Profile:
         KeyError: there is no profile of that name.
     """
     found = detect() if name in (None, "auto") else PROFILES[str(name)]
-    return found if multiple is None else Profile(found.name, found.block, multiple)
+    return found if multiple is None else replace(found, multiple=multiple)

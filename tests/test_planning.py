@@ -1,0 +1,145 @@
+"""Constant channels that stand for others: when, and that the function stays the same."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import ModelProto
+
+from build import Graph, assert_same_function, initializer, pruned, random_feeds
+from onnx_simplify import simplify
+from onnx_simplify.passes.propagate_bias import basis
+from onnx_simplify.planning import profiles
+from onnx_simplify.planning.planner import Planner, Work
+
+ALWAYS, NEVER = {"map_cost": 1e9}, {"map_cost": 0.0, "node_cost": 0.0}
+
+
+@pytest.fixture
+def plan(monkeypatch):
+    """Make maps dear, or cheap."""
+
+    def set_costs(**costs: float) -> None:
+        changed = dataclasses.replace(profiles.PROFILES["avx512"], **costs)
+        monkeypatch.setitem(profiles.PROFILES, "avx512", changed)
+
+    return set_costs
+
+
+def separable(channels: int = 24, kernel: int = 3, stride: int = 1, size: int = 12) -> ModelProto:
+    """Pointwise, depthwise, pointwise: pruned pointwise channels are maps behind the depthwise."""
+    g = Graph()
+    x = g.input("x", [1, 8, size, size])
+    x = g.conv(x, pruned(g.normal(channels, 8, 1, 1), range(0, channels, 2)), g.normal(channels))
+    x = g.op("Relu", g.batchnorm(x, channels))
+    pads = [kernel // 2] * 4
+    weight = pruned(g.normal(channels, 1, kernel, kernel), range(0, channels, 3))
+    x = g.conv(
+        x, weight, g.normal(channels), pads=pads, strides=[stride] * 2, group=channels
+    )
+    x = g.op("Clip", g.batchnorm(x, channels), np.array(0, np.float32), np.array(6, np.float32))
+    g.output(g.conv(x, g.normal(12, channels, 1, 1), g.normal(12)))
+    return g.model()
+
+
+def maps(model: ModelProto) -> int:
+    """How many maps are added."""
+    return sum(n.op_type == "Add" for n in model.graph.node)
+
+
+@pytest.mark.parametrize("kernel, stride, rank", [(3, 1, 8), (3, 2, 3), (5, 1, 24)])
+def test_a_few_channels_stand_for_the_maps_of_all_others(plan, kernel, stride, rank):
+    # Positions in a padded map differ by which taps lie inside: 3 x 3 kinds for a kernel of three
+    # (2 x 2 with a stride of two), one of which the bias takes.
+    model = separable(96, kernel, stride)
+    plan(**ALWAYS)
+    kept, report = simplify(model, target="avx512")
+    assert_same_function(model, kept, random_feeds(model))
+    assert maps(kept) == 0
+    # Of 96 channels, 32 vary, 32 are uniform, and 32 are maps.
+    assert 32 < report.layers[1].outputs_after <= -(-(32 + rank) // 4) * 4
+    plan(**NEVER)
+    added, report = simplify(model, target="avx512")
+    assert_same_function(model, added, random_feeds(model))
+    assert maps(added) == 1 and report.layers[1].outputs_after == 32
+
+
+def test_no_map_is_added_for_channels_that_nobody_reads(plan):
+    # Ten channels vary; two dead ones stay to fill up a multiple of four. Their maps are nobody's
+    # business.
+    model = separable(30)
+    plan(**NEVER)
+    result, report = simplify(model, target="avx512")
+    assert report.layers[1].outputs_after == 12
+    assert_same_function(model, result, random_feeds(model))
+    assert maps(result) == 1  # of the pointwise convolution behind
+
+
+def test_the_fewest_channels_on_request(plan):
+    plan(**ALWAYS)
+    result, report = simplify(separable(), target="avx512", channel_multiple=1)
+    assert report.layers[1].outputs_after == 8 and maps(result) == 1
+
+
+def test_uniform_and_mapped_channels_of_a_padded_convolution(plan):
+    g = Graph()
+    x = g.input("x", [1, 4, 9, 9])
+    a = g.conv(x, pruned(g.normal(16, 4, 1, 1), range(8)), g.normal(16))
+    a = g.conv(g.op("Relu", a), g.normal(16, 1, 3, 3), g.normal(16), pads=[1] * 4, group=16)
+    b = g.conv(x, pruned(g.normal(16, 4, 1, 1), range(8)), g.normal(16))
+    y = g.op("Sigmoid", g.op("Concat", a, b, axis=1))
+    g.output(g.conv(y, g.normal(8, 32, 3, 3), g.normal(8), pads=[1] * 4))
+    model = g.model()
+    for costs in (ALWAYS, NEVER):
+        plan(**costs)
+        result, _ = simplify(model, target="avx512")
+        assert_same_function(model, result, random_feeds(model))
+        assert maps(result) == (0 if costs is ALWAYS else 1)
+    assert initializer(model, "conv1.weight").shape[0] == 16
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(2, 40),
+    entries=st.integers(2, 60),
+    rank=st.integers(1, 12),
+    free=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_basis(rows, entries, rank, free, seed):
+    random = np.random.default_rng(seed)
+    maps = random.normal(size=(rows, rank)) @ random.normal(size=(rank, entries))
+    if free:
+        maps += random.normal(size=(rows, 1))
+    found = basis(maps, free, 12)
+    if found is None:
+        assert min(rows, entries, rank + 1) > 1
+        return
+    chosen, weights, offsets = found
+    assert len(chosen) <= min(rows, rank, entries) and np.abs(weights).max() <= 8
+    again = weights.T @ maps[chosen] + offsets[:, None]
+    assert np.abs(again - maps).max() <= 1e-5 * np.abs(maps).max()
+    assert free or not offsets.any()
+
+
+def test_basis_gives_up_on_what_has_none():
+    random = np.random.default_rng(0)
+    assert basis(random.normal(size=(20, 40)), True, 12) is None
+    # The second differs from the first by too little to be told apart from rounding.
+    base = random.normal(size=40)
+    maps = np.stack([base, base * (1 + 1e-9 * random.normal(size=40)), 2 * base])
+    chosen, weights, _ = basis(maps, False, 12)
+    assert len(chosen) == 1 and np.abs(weights).max() <= 8
+
+
+@pytest.mark.parametrize("channels, keep", [(12, True), (16, False)])
+def test_stand_ins_are_free_where_a_block_has_room(channels, keep):
+    planner = Planner(profiles.PROFILES["avx512"])
+    heavy = Work(channels, 10**7, 10**4)
+    assert planner.prefers_stand_ins(4, [heavy], heavy, 10**4) is keep
+    # Adding a map to a huge output costs more than a few channels.
+    assert planner.prefers_stand_ins(4, [heavy], heavy, 10**8)
