@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from dataclasses import dataclass
 
 import onnx
 import onnxruntime as ort
@@ -321,6 +323,157 @@ def test_an_export_that_differs_is_blamed_on_the_exporter():
         torch_bridge.simplify(Branch(), torch.zeros(1, 4), exporter="torchscript")
 
 
+class Lambda(nn.Module):
+    """A module out of a function."""
+
+    def __init__(self, function, *layers: nn.Module):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.function = function
+
+    def forward(self, *args, **kwargs):
+        return self.function(self.layers, *args, **kwargs)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize(
+    "function, example",
+    [
+        (lambda _, x, k: x * int(k), (images(1, 4), torch.tensor(2))),
+        (lambda _, x, k: x if k.all() else -x, (images(1, 4), torch.tensor([True]))),
+        (lambda _, x, k: x * sum(k.tolist()), (images(1, 4), torch.tensor([1, 5, 3]))),
+        (lambda _, x: (x * 2, float(x.mean())), (images(1, 4),)),
+    ],
+    ids=["number", "flag", "list", "number out"],
+)
+def test_what_the_recording_froze_is_found(function, example):
+    with pytest.raises(VerificationError):
+        torch_bridge.simplify(Lambda(function), example, exporter="torchscript")
+
+
+def test_a_size_that_is_returned_is_no_constant():
+    model = Lambda(lambda _, x: (x * 2, x.shape[0]))
+    small = torch_bridge.simplify(model, images(2, 4), exporter="torchscript")
+    assert small(images(2, 4))[1] == 2
+    with pytest.raises(VerificationError, match="beside tensors that depends on its inputs"):
+        torch_bridge.simplify(
+            model, images(2, 4), dynamic_shapes={"args": [{0: "n"}]}, exporter="torchscript"
+        )
+
+
+@dataclass
+class Pair:
+    """What torch's pytree does not know."""
+
+    first: object
+    second: object
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_objects_that_hide_tensors_are_refused(exporter):
+    for model, example in (
+        (Lambda(lambda _, x: (x, Pair(x, x + 1))), (images(1, 4),)),
+        (Lambda(lambda _, pair: pair.first + pair.second), (Pair(images(1, 4), images(1, 4)),)),
+    ):
+        with pytest.raises(TypeError, match="hold a Pair, which cannot be followed"):
+            torch_bridge.export(model, example, exporter=exporter)
+    with pytest.raises(ExportError, match="returns no tensor"):
+        torch_bridge.export(Lambda(lambda _, x: None), images(1, 4), exporter=exporter)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ("batch",),
+        {"x": "batch"},
+        {"x": {4: "n"}},
+        {"x": {"n": 0}},
+        {"x": [0, 2]},
+        {0: True},
+        {"x": 0},
+    ],
+)
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_dynamic_shapes_that_say_nothing_are_refused(shapes, exporter):
+    with pytest.raises(ValueError, match="dynamic_shapes"):
+        torch_bridge.export(Network(), images(), dynamic_shapes=shapes, exporter=exporter)
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_dimensions_count_from_the_end_as_well(exporter):
+    model = nn.Conv2d(3, 4, 1)
+    proto = torch_bridge.export(model, images(), dynamic_shapes={-1: "w"}, exporter=exporter)
+    dims = proto.graph.input[0].type.tensor_type.shape.dim
+    assert [d.dim_param for d in dims] == ["", "", "", "w"]
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_hooks_of_the_model_itself_see_what_they_always_saw(exporter):
+    model = pruned_network()
+    model.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    model.register_forward_hook(lambda module, args, output: output + 1)
+    small = torch_bridge.simplify(
+        model, images(), exporter=exporter, pinned="blocks.0.conv1", channel_multiple=1
+    )
+    assert error(small(images()), expected(model, images())) < 1e-5
+    assert [after for _, after in channels(small)][1:4:2] == [16, 8]
+
+
+def test_a_graph_module_is_exported_with_its_arguments():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, x, k=2):
+            return self.linear(x) * k
+
+    traced = torch.fx.symbolic_trace(Scaled())
+    for exporter in EXPORTERS:
+        small = torch_bridge.simplify(traced, (images(2, 4), 5), exporter=exporter)
+        assert error(small(images(2, 4), 5), expected(traced, images(2, 4), 5)) < 1e-5
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_statistics_that_change_unnoticed_are_put_back(exporter):
+    norm = randomised(nn.BatchNorm2d(3))
+
+    def forward(layers, x):
+        mean, var = layers[0].running_mean, layers[0].running_var
+        return F.batch_norm(x, mean, var, training=True) + mean.view(-1, 1, 1)
+
+    before = norm.running_mean.clone()
+    torch_bridge.export(Lambda(forward, norm), images(2, 3, 4, 4), exporter=exporter)
+    assert torch.equal(norm.running_mean, before)
+
+
+def test_attention_is_exported_by_its_parts():
+    attention = randomised(nn.MultiheadAttention(8, 2, batch_first=True))
+    model = Lambda(lambda layers, x: layers[0](x, x, x)[0], attention)
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    for exporter in EXPORTERS:
+        small = torch_bridge.simplify(model, images(2, 5, 8), exporter=exporter)
+        assert error(small(images(2, 5, 8)), expected(model, images(2, 5, 8))) < 1e-5
+    assert torch.backends.mha.get_fastpath_enabled() == enabled
+
+
+def test_calls_that_do_not_fit():
+    small = torch_bridge.simplify(pruned_network(), images(), exporter="torchscript")
+    for wrong in (images(2, 3, 16, 16), images().double(), images(3, 16, 16)):
+        with pytest.raises(ValueError, match="the model does not take x"):
+            small(wrong)
+    flag = torch_bridge.simplify(Lambda(lambda _, x, k: x * k), (images(1, 4), 1))
+    with pytest.raises(ValueError, match="is fixed"):
+        flag(images(1, 4), True)
+
+
+def test_a_simplified_model_can_be_copied_and_pickled():
+    small = torch_bridge.simplify(Network(), images(), exporter="torchscript")
+    wanted = small(images())
+    for other in (copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
+        assert torch.equal(other(images()), wanted)
+
+
 def test_session_and_benchmark():
     model = pruned_network().train()
     threads = torch.get_num_threads()
@@ -368,6 +521,33 @@ def test_steps_one_after_the_other(exporter):
     for step in (fused, rest, shifted, small):
         assert step.verification.worst < 1e-5
         assert error(step(images() * 3), expected(model, images() * 3)) < 1e-5
+
+
+def test_a_container_does_not_take_the_name_of_its_last_layer():
+    model = pruned_network()
+    pairs = torch_bridge.get_bn_folding(model, images(), exporter="torchscript")
+    small = torch_bridge.simplify(
+        model, images(), pinned=["stem"], bn_folding=pairs, exporter="torchscript"
+    )
+    assert small.report.batchnorms_folded == 5
+    with pytest.raises(ValueError, match="those of the first step"):
+        torch_bridge.fuse(small, None, images())
+
+
+def test_functional_layers_have_no_name():
+    weight = nn.Parameter(images(4, 3, 3, 3))
+
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.bn = weight, nn.BatchNorm2d(4)
+            self.conv, self.last = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.last(self.conv(self.bn(F.conv2d(x, self.weight))))
+
+    pairs = torch_bridge.get_bn_folding(randomised(Functional()), images(), exporter="torchscript")
+    assert pairs == [("conv", "last")]
 
 
 def test_pairs_that_cannot_be_folded():

@@ -5,11 +5,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
+
+# What may stand among arguments and outputs beside tensors: constants, compared by value.
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), slice, Enum, torch.dtype, torch.device)
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,26 @@ class Call:
         return found
 
 
+def check_plain(value: Any, what: str) -> None:
+    """Raise TypeError where a nested value holds more than tensors and plain constants.
+
+    The tensors in objects that torch's pytree does not know would go unnoticed.
+    """
+    for leaf in pytree.tree_leaves(value):
+        if not isinstance(leaf, (torch.Tensor, *_PLAIN)):
+            raise TypeError(
+                f"{what} hold a {type(leaf).__name__}, which cannot be followed: use tensors, "
+                "plain constants, tuples, lists and dictionaries, or register the type with "
+                "torch.utils._pytree"
+            )
+
+
+def constants_of(value: Any) -> list[tuple[type, Any]]:
+    """What is no tensor in a nested value, in order, with its type: 1 is not True."""
+    plain = [leaf for leaf in pytree.tree_leaves(value) if not isinstance(leaf, torch.Tensor)]
+    return [(type(leaf), leaf) for leaf in plain]
+
+
 def tensors_of(value: Any) -> list[torch.Tensor]:
     """The tensors in a nested value, in order."""
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
@@ -121,10 +145,34 @@ def _shape_entries(value: Any, spec: Any) -> Iterator[dict[int, Any]]:
         for key in keys:
             yield from _shape_entries(value[key], None if spec is None else spec[key])
     elif isinstance(value, torch.Tensor):
-        if isinstance(spec, Mapping):
-            yield dict(spec)
-        else:
-            yield dict(enumerate(spec or ()))
+        yield _dims(spec, value.dim())
+
+
+def _dims(spec: Any, rank: int) -> dict[int, Any]:
+    """The dynamic dimensions of one tensor: what varies by its index from the front.
+
+    Raises:
+        ValueError: not a mapping from dimensions, or one entry for each; or no such dimension.
+    """
+    if spec is None:
+        return {}
+    if isinstance(spec, Mapping):
+        given = dict(spec)
+    elif isinstance(spec, (tuple, list)) and len(spec) == rank:
+        given = dict(enumerate(spec))
+    else:
+        raise ValueError(
+            f"dynamic_shapes: {spec!r} does not say which dimensions vary; "
+            'write {0: "batch"}, or one entry for each dimension'
+        )
+    found = {}
+    for dim, size in given.items():
+        if not isinstance(dim, int) or not -rank <= dim < rank:
+            raise ValueError(f"dynamic_shapes: there is no dimension {dim!r} of {rank}")
+        if isinstance(size, bool) or (isinstance(size, (Mapping, tuple, list, set))):
+            raise ValueError(f"dynamic_shapes: {size!r} is no name of a dimension")
+        found[dim % rank] = size
+    return found
 
 
 def _args_and_kwargs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -22,7 +22,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,8 +31,9 @@ from typing import Any, Literal
 import onnx
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
-from torch_bridge.calls import Call, tensor_names, tensors_of
+from torch_bridge.calls import Call, check_plain, tensor_names, tensors_of
 
 Exporter = Literal["dynamo", "torchscript"]
 EXPORTERS: tuple[Exporter, ...] = ("dynamo", "torchscript")
@@ -101,7 +102,8 @@ def export(
 
     Raises:
         ExportError: The model fails on the example inputs, or the exporter does on the model.
-        TypeError: ``model`` is no module, or the example inputs do not fit its signature.
+        TypeError: ``model`` is no module, the example inputs do not fit its signature, or inputs or
+            outputs are neither tensors nor plain constants.
         ValueError: An unknown exporter, or dynamic shapes that do not fit the arguments.
     """
     exported = export_traced(
@@ -166,6 +168,7 @@ def export_traced(
     if exporter not in EXPORTERS:
         raise ValueError(f"unknown exporter {exporter!r}; choose one of {', '.join(EXPORTERS)}")
     call = Call.of(model, example_inputs)
+    check_plain((call.args, call.kwargs), "the arguments")
     shapes = call.shapes(dynamic_shapes)
     with inference(model), _quiet():
         try:
@@ -176,12 +179,15 @@ def export_traced(
                 f"Reason: {_reason(error)}\n"
                 "Try next: call the model with these inputs before exporting it."
             ) from error
+        check_plain(outputs, "the model's outputs")
+        if not tensors_of(outputs):
+            raise ExportError("cannot export: the model returns no tensor.")
         inputs, names = tensor_names(model, call, outputs)
-        with _flat(model, call), _Marks(model, traced) as marks:
+        with _flat(model, call, outputs) as root, _Marks(model, root, traced) as marks:
             if traced:
-                model(*call.tensors())
+                root(*call.tensors())
                 names += marks.labels()
-            job = _Job(model, call, inputs, names, shapes, opset, fuse_batchnorm)
+            job = _Job(root, call, inputs, names, shapes, opset, fuse_batchnorm)
             try:
                 proto = job.dynamo() if exporter == "dynamo" else job.torchscript()
             except Exception as error:
@@ -190,22 +196,38 @@ def export_traced(
 
 
 @contextlib.contextmanager
-def _flat(model: nn.Module, call: Call) -> Iterator[None]:
-    """Let the model take and return plain tensors, which both exporters understand alike."""
-    if isinstance(model, torch.jit.ScriptModule):
-        yield  # its code is fixed
+def _flat(model: nn.Module, call: Call, outputs: Any) -> Iterator[nn.Module]:
+    """The model taking and returning plain tensors, which both exporters understand alike.
+
+    That is the model itself with another ``forward``, so that parameters keep their names. Hooks
+    of its own would see plain tensors too, and some modules' code is fixed: these are wrapped.
+    """
+    fixed = isinstance(model, (torch.jit.ScriptModule, torch.fx.GraphModule))
+    if fixed or model._forward_hooks or model._forward_pre_hooks:
+        yield _Flat(model, call, outputs).eval()
         return
-    original = model.forward
-
-    def forward(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        args, kwargs = call.filled(tensors)
-        return tuple(tensors_of(original(*args, **kwargs)))
-
-    model.forward = forward
+    model.forward = _Flat(model.forward, call, outputs).forward
     try:
-        yield
+        yield model
     finally:
         del model.forward
+
+
+class _Flat(nn.Module):
+    """A model, or its ``forward``, behind a call of plain tensors."""
+
+    def __init__(self, model: Callable[..., Any], call: Call, outputs: Any):
+        super().__init__()
+        self.model = model
+        self._call = call
+        # While recording, torch hands out sizes as tensors.
+        self._is_tensor = [isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(outputs)]
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The model's output tensors."""
+        args, kwargs = self._call.filled(tensors)
+        leaves = pytree.tree_leaves(self.model(*args, **kwargs))
+        return tuple(x for x, keep in zip(leaves, self._is_tensor, strict=True) if keep)
 
 
 class _Marks:
@@ -215,19 +237,19 @@ class _Marks:
     it, is not taken for the module's doing.
     """
 
-    def __init__(self, model: nn.Module, names: Collection[str]):
+    def __init__(self, model: nn.Module, root: nn.Module, names: Collection[str]):
         self._modules = {name: model.get_submodule(name) for name in names}
-        self._model = model
+        self._root = root
         self._found: list[tuple[str, torch.Tensor]] = []
         self._order: list[str] = []
         self._handles: list[Any] = []
 
     def __enter__(self) -> _Marks:
         if self._modules:
-            self._handles.append(self._model.register_forward_pre_hook(self._start))
+            self._handles.append(self._root.register_forward_pre_hook(self._start))
             for name, module in self._modules.items():
                 self._handles.append(module.register_forward_hook(partial(self._see, name)))
-            self._handles.append(self._model.register_forward_hook(self._end))
+            self._handles.append(self._root.register_forward_hook(self._end))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -377,10 +399,16 @@ def _tidy(model: Any) -> None:
 @contextlib.contextmanager
 def inference(model: nn.Module) -> Iterator[nn.Module]:
     """The module in inference mode, without gradients; afterwards it is as it was."""
-    with _untouched(model), torch.no_grad():
-        for module in model.modules():
-            module.training = False
-        yield model
+    # The exporters do not know the fused operator for attention.
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with _untouched(model), torch.no_grad():
+            for module in model.modules():
+                module.training = False
+            yield model
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @contextlib.contextmanager
@@ -391,7 +419,7 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     registries = ("_parameters", "_buffers", "_modules")
     attributes = [dict(m.__dict__) for m in modules]
     registered = [{name: dict(m.__dict__[name]) for name in registries} for m in modules]
-    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
         with torch.random.fork_rng(devices=[]):
             yield
@@ -405,8 +433,9 @@ def _untouched(model: nn.Module) -> Iterator[None]:
         for module, flag in scripted:
             module.training = flag
         with torch.no_grad():
-            for buffer, version, value in buffers:
-                if buffer._version != version:
+            # Not by their version: some operations change statistics without counting it.
+            for buffer, value in buffers:
+                if not torch.equal(buffer, value):
                     buffer.copy_(value)
 
 

@@ -35,13 +35,14 @@ from torch.utils import _pytree as pytree
 
 import onnx_simplify
 from onnx_simplify import PASSES, Report, VerificationError
+from onnx_simplify.errors import first_line
 from onnx_simplify.graph.model import load
 from onnx_simplify.pipeline import is_half
 from onnx_simplify.report import figures
 from onnx_simplify.runtime.benchmark import Timing, time_calls
 from onnx_simplify.runtime.session import Session
 from onnx_simplify.runtime.verify import Verification, difference
-from torch_bridge.calls import Call, leaves, tensor_names, tensors_of
+from torch_bridge.calls import Call, constants_of, leaves, tensor_names, tensors_of
 from torch_bridge.export import Exported, Exporter, ExportError, export_traced, inference, save
 
 # Layers that can be named in any step, not only in the first.
@@ -101,7 +102,8 @@ class _Signature:
             )
         for (name, value), (_, exported) in zip(given, known, strict=True):
             tensor = isinstance(exported, torch.Tensor)
-            if tensor != isinstance(value, torch.Tensor) or not (tensor or value == exported):
+            same = tensor or constants_of(value) == constants_of(exported)
+            if tensor != isinstance(value, torch.Tensor) or not same:
                 raise ValueError(
                     f"argument '{name}' is fixed in the exported model"
                     if not tensor
@@ -157,12 +159,24 @@ class SimplifiedModel:
 
         Raises:
             TypeError: the arguments do not fit the module's signature.
-            ValueError: they are not those that were exported.
+            ValueError: they are not those that were exported, or of other sizes or types.
         """
         call = Call.of(self._signature.model, (args, kwargs))
         feeds = self._signature.feeds(call)
         device = next((t.device for t in call.tensors()), torch.device("cpu"))
-        return self._signature.outputs_of(self._session.run(feeds), device)
+        try:
+            arrays = self._session.run(feeds)
+        except Exception as error:  # onnxruntime raises many types
+            sizes = ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
+            raise ValueError(
+                f"the model does not take {sizes}: {first_line(error)} "
+                "(dimensions that vary must be exported with dynamic_shapes)"
+            ) from error
+        return self._signature.outputs_of(arrays, device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the session, which is opened again where it is needed."""
+        return {**self.__dict__, "_opened": None}
 
     @property
     def session(self) -> ort.InferenceSession:
@@ -258,6 +272,8 @@ def simplify(
             they cannot be guessed.
         TypeError: ``model`` is no module, or the inputs do not fit its signature.
     """
+    # A single name need not be in a list.
+    pinned = [pinned] if isinstance(pinned, str) else list(pinned)
     start = _start(model, example_inputs, pinned, dynamic_shapes, exporter, opset)
     _check_names(pinned, {name for name, _ in start._signature.model.named_modules()})
     lost = [name for name in pinned if name not in start._tensors]
@@ -404,6 +420,8 @@ def _start(
 ) -> SimplifiedModel:
     """The model as exported, or as the last step left it."""
     if isinstance(model, SimplifiedModel):
+        if not (example_inputs is dynamic_shapes is opset is None):
+            raise ValueError("example inputs, dynamic shapes and opset are those of the first step")
         return model
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
@@ -439,9 +457,16 @@ def _check_names(names: Collection[str], known: Collection[str]) -> None:
 
 def _modules(model: SimplifiedModel) -> Callable[[str], str | None]:
     """The module that a node, given by its label, belongs to."""
-    owner = {t: name for name, tensors in model._tensors.items() for t in tensors}
+    owner: dict[str, str] = {}
+    modules = dict(model._signature.model.named_modules())
+    # A container returns what its last layer does: the layer's name is the better one.
+    names = sorted(model._tensors, key=lambda name: not isinstance(modules[name], _LAYERS))
+    for name in names:
+        for tensor in model._tensors[name]:
+            owner.setdefault(tensor, name)
     graph = model.onnx_model.graph
     output = {node.name: node.output[0] for node in graph.node if node.name}
+    weights = {tensor.name for tensor in graph.initializer}
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
         for name in node.input:
@@ -450,8 +475,10 @@ def _modules(model: SimplifiedModel) -> Callable[[str], str | None]:
     def find(label: str) -> str | None:
         tensor = output.get(label, label)
         # A linear layer may be two nodes: the product, and the sum with the bias.
-        while tensor not in owner and len(readers.get(tensor, [])) == 1:
-            tensor = readers[tensor][0].output[0]
+        users = readers.get(tensor, [])
+        if tensor not in owner and len(users) == 1 and users[0].op_type == "Add":
+            if any(name in weights for name in users[0].input):
+                tensor = users[0].output[0]
         return owner.get(tensor)
 
     return find
@@ -563,6 +590,11 @@ def _compare(model: SimplifiedModel, rtol: float | None) -> Verification:
                 if call is signature.example:
                     raise
                 continue  # a size or values that are not for this model
+            if constants_of(expected) != constants_of(signature.outputs):
+                raise VerificationError(
+                    "the torch model returns something beside tensors that depends on its inputs, "
+                    "which an ONNX model cannot"
+                )
             wanted = [tensor.detach().cpu().numpy() for tensor in tensors_of(expected)]
             feeds = signature.feeds(call)
             gap, reason = difference(wanted, model._session.run(feeds))
@@ -589,6 +621,9 @@ def _calls(model: SimplifiedModel) -> Iterator[Call]:
     yield example
     shapes = [tuple(tensor.shape) for tensor in example.tensors()]
     yield _varied(module, example, shapes, 1)
+    if not all(tensor.is_floating_point() for tensor in example.tensors()):
+        # In a run of their own: the module may not accept other integers.
+        yield _varied(module, example, shapes, 3, integers=True)
     dynamic = {
         value.name: [bool(d.dim_param) for d in value.type.tensor_type.shape.dim]
         for value in model._dense.graph.input
@@ -603,15 +638,35 @@ def _calls(model: SimplifiedModel) -> Iterator[Call]:
 
 
 def _varied(
-    model: nn.Module, call: Call, shapes: Sequence[tuple[int, ...]], seed: int
+    model: nn.Module,
+    call: Call,
+    shapes: Sequence[tuple[int, ...]],
+    seed: int,
+    *,
+    integers: bool = False,
 ) -> Call:
-    """The call with tensors of other shapes: normal where they are real, else the example's."""
+    """The call with tensors of other shapes: normal where they are real, else the example's.
+
+    With ``integers``, these vary as well, between the smallest and the largest of the example.
+    """
     random = torch.Generator().manual_seed(seed)
     tensors = []
     for tensor, shape in zip(call.tensors(), shapes, strict=True):
         if tensor.is_floating_point():
             tensors.append(torch.randn(shape, generator=random).to(tensor))
-        else:
-            repeats = [new // old for new, old in zip(shape, tensor.shape, strict=True)]
-            tensors.append(tensor.repeat(repeats) if repeats else tensor)
+            continue
+        if integers and tensor.numel():
+            tensor = _other_integers(tensor, random)
+        repeats = [new // old for new, old in zip(shape, tensor.shape, strict=True)]
+        tensors.append(tensor.repeat(repeats) if repeats else tensor)
     return Call.of(model, call.filled(tensors))
+
+
+def _other_integers(tensor: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+    """Other integers or booleans like these."""
+    if tensor.dtype == torch.bool:
+        return ~tensor
+    low, high = int(tensor.min()), int(tensor.max())
+    if low == high:
+        return tensor + 1
+    return torch.randint(low, high + 1, tensor.shape, generator=random).to(tensor)
