@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import onnx
@@ -217,6 +218,7 @@ class _Reader:
     """A linear node that reads constant channels; arrays have one entry per input channel.
 
     Attributes:
+        place: where it comes in the order of execution.
         scalar: channels whose constant goes into the bias (zeros among them).
         padded: uniform non-zero channels under padding.
         mapped: channels whose constant varies in space.
@@ -227,6 +229,7 @@ class _Reader:
         stand_ins: (channels, those that stand for them, weights ``[stand-ins, channels]``).
     """
 
+    place: int
     node: gs.Node
     rule: Linear
     labels: np.ndarray
@@ -267,9 +270,10 @@ def _absorb(
     analysis: Analysis, planner: Planner, readers: list[_Reader], alive: np.ndarray
 ) -> None:
     """Absorb what makes channels removable; ``alive`` is modified."""
+    choice = _Choice(analysis, planner, alive)
     # Backwards: a channel that stays for a later reader need not be absorbed by an earlier one.
     for reader in reversed(readers):
-        _decide(analysis, planner, reader, alive)
+        _decide(choice, reader)
     editor = Editor(analysis.model, analysis.layouts.readers)
     for reader in readers:
         _rewrite(analysis, editor, reader, alive)
@@ -278,7 +282,7 @@ def _absorb(
 
 def _readers(analysis: Analysis, only_zeros: bool) -> list[_Reader]:
     found = []
-    for node in analysis.model.graph.nodes:
+    for place, node in enumerate(analysis.model.graph.nodes):
         rule = analysis.rule[id(node)]
         if not isinstance(rule, Linear):
             continue
@@ -295,6 +299,7 @@ def _readers(analysis: Analysis, only_zeros: bool) -> list[_Reader]:
         static = rule.is_static(node, analysis)
         usable = static and analysis.array(tensor) is not None
         reader = _Reader(
+            place,
             node,
             rule,
             labels,
@@ -308,34 +313,57 @@ def _readers(analysis: Analysis, only_zeros: bool) -> list[_Reader]:
     return found
 
 
-def _decide(analysis: Analysis, planner: Planner, reader: _Reader, alive: np.ndarray) -> None:
-    """Choose what to absorb and how; channels that stand for others are marked in ``alive``."""
+@dataclass
+class _Choice:
+    """What all readers are decided upon with.
+
+    Attributes:
+        alive: labels that stay; those of channels that stand for others are added.
+    """
+
+    analysis: Analysis
+    planner: Planner
+    alive: np.ndarray
+
+    @cached_property
+    def makers(self) -> dict[int, list[tuple[int, gs.Node, Linear]]]:
+        """The layers that compute each label, with their places in the order of execution."""
+        found: dict[int, list[tuple[int, gs.Node, Linear]]] = {}
+        for place, node in enumerate(self.analysis.model.graph.nodes):
+            rule = self.analysis.rule[id(node)]
+            if isinstance(rule, Linear) and self.analysis.has(node.outputs[0]):
+                for channel in np.unique(rule.channels(node, self.analysis)[1]):
+                    found.setdefault(int(channel), []).append((place, node, rule))
+        return found
+
+
+def _decide(choice: _Choice, reader: _Reader) -> None:
+    """Choose what to absorb and how."""
+    alive = choice.alive
     used = reader.rule.used(reader.node)
     reader.absorb = reader.candidates & ~alive[reader.labels] & used.any(axis=1).ravel()
     varied = reader.absorb & ~reader.scalar
     if not varied.any():
         return
     if not (reader.absorb & reader.mapped).any():
-        _decide_uniform(analysis, planner, reader, alive, varied)
+        _decide_uniform(choice, reader, varied)
     elif len(used) == 1:
-        _decide_mapped(analysis, planner, reader, alive, varied)
+        _decide_mapped(choice, reader, varied)
 
 
-def _decide_uniform(
-    analysis: Analysis, planner: Planner, reader: _Reader, alive: np.ndarray, padded: np.ndarray
-) -> None:
+def _decide_uniform(choice: _Choice, reader: _Reader, padded: np.ndarray) -> None:
     """One channel of each group stands for all others: their constants are multiples of its."""
     groups, _, inputs = reader.rule.used(reader.node).shape
-    static = reader.rule.is_static(reader.node, analysis)
+    static = reader.rule.is_static(reader.node, choice.analysis)
     if groups > 1 and static:
         return
     # A constant channel that stays anyway stands for the others at no cost.
-    staying = reader.padded & alive[reader.labels]
+    staying = reader.padded & choice.alive[reader.labels]
     largest = np.abs(reader.values[padded]).max()
     staying &= np.abs(np.nan_to_num(reader.values)) * _LARGEST_RATIO >= largest
     if static and not staying.any():
         best = np.flatnonzero(padded)[[int(np.argmax(np.abs(reader.values[padded])))]]
-        if not _is_cheaper(analysis, planner, reader, alive, best):
+        if not _is_cheaper(choice, reader, best):
             return
     for group in range(groups):
         start = group * inputs
@@ -346,13 +374,12 @@ def _decide_uniform(
         able = able if able.size else members
         best = able[int(np.argmax(np.abs(reader.values[able])))]
         ratios = reader.values[members] / reader.values[best]
-        _stand_for(reader, alive, members, np.array([best]), ratios[None, :])
+        _stand_for(choice, reader, members, np.array([best]), ratios[None, :])
 
 
-def _decide_mapped(
-    analysis: Analysis, planner: Planner, reader: _Reader, alive: np.ndarray, varied: np.ndarray
-) -> None:
+def _decide_mapped(choice: _Choice, reader: _Reader, varied: np.ndarray) -> None:
     """A few channels stand for all others, whose maps are linear combinations of theirs."""
+    analysis = choice.analysis
     source = reader.node.inputs[reader.rule.wiring(reader.node).data]
     known = analysis.array(source)
     axis = reader.rule.wiring(reader.node).axis_in % len(analysis.shape(source))
@@ -368,41 +395,37 @@ def _decide_mapped(
     if found is None:
         return
     chosen, weights, offsets = found
-    if not _is_cheaper(analysis, planner, reader, alive, members[chosen]):
+    if not _is_cheaper(choice, reader, members[chosen]):
         return
-    _stand_for(reader, alive, members, members[chosen], weights)
+    _stand_for(choice, reader, members, members[chosen], weights)
     reader.offsets[members] = offsets
 
 
-def _is_cheaper(
-    analysis: Analysis,
-    planner: Planner,
-    reader: _Reader,
-    alive: np.ndarray,
-    stand_ins: np.ndarray,
-) -> bool:
+def _is_cheaper(choice: _Choice, reader: _Reader, stand_ins: np.ndarray) -> bool:
     """Whether these channels shall stay to stand for others, rather than a map be added."""
+    analysis, alive = choice.analysis, choice.alive
     node, rule = reader.node, reader.rule
-    labels = reader.labels[stand_ins]
     source, result = _positions(analysis, node, rule)
-    taps = rule.weights(node)[0, 0, 0].size
     outputs = int(alive[rule.channels(node, analysis)[1]].sum()) * result
-    own = Work(int(alive[reader.labels].sum()), taps * outputs, source)
+    own = Work(int(alive[reader.labels].sum()), _taps(rule, node) * outputs, source)
+    makers = {
+        place: (maker, how)
+        for channel in reader.labels[stand_ins]
+        for place, maker, how in choice.makers.get(int(channel), [])
+        if place < reader.place
+    }
     producers = []
-    for other in analysis.model.graph.nodes:
-        maker = analysis.rule[id(other)]
-        if other is node:
-            break
-        if not isinstance(maker, Linear) or not analysis.has(other.outputs[0]):
-            continue
-        inputs, results = maker.channels(other, analysis)
-        if not np.isin(results, labels).any():
-            continue
-        groups = len(maker.used(other))
-        each = max(1, int(alive[inputs].sum()) // groups) * maker.weights(other)[0, 0, 0].size
-        place = _positions(analysis, other, maker)[1]
-        producers.append(Work(int(alive[results].sum()), each * place, place))
-    return planner.prefers_stand_ins(stand_ins.size, producers, own, outputs)
+    for _, (maker, how) in sorted(makers.items()):
+        inputs, results = how.channels(maker, analysis)
+        each = max(1, int(alive[inputs].sum()) // len(how.used(maker))) * _taps(how, maker)
+        positions = _positions(analysis, maker, how)[1]
+        producers.append(Work(int(alive[results].sum()), each * positions, positions))
+    return choice.planner.prefers_stand_ins(stand_ins.size, producers, own, outputs)
+
+
+def _taps(rule: Linear, node: gs.Node) -> int:
+    """Weights between one input and one output channel."""
+    return rule.weights(node)[0, 0, 0].size
 
 
 def _positions(analysis: Analysis, node: gs.Node, rule: Linear) -> tuple[int, int]:
@@ -418,15 +441,15 @@ def _positions(analysis: Analysis, node: gs.Node, rule: Linear) -> tuple[int, in
 
 
 def _stand_for(
+    choice: _Choice,
     reader: _Reader,
-    alive: np.ndarray,
     members: np.ndarray,
     chosen: np.ndarray,
     weights: np.ndarray,
 ) -> None:
     """Let channels stand for others: ``weights[k, m]`` times ``chosen[k]`` for ``members[m]``."""
     reader.absorb[chosen] = False
-    alive[reader.labels[chosen]] = True
+    choice.alive[reader.labels[chosen]] = True
     rest = ~np.isin(members, chosen)
     reader.stand_ins.append((members[rest], chosen, weights[:, rest]))
     reader.replaced[members[rest]] = True
