@@ -127,6 +127,7 @@ class Exported:
         proto: the model.
         call: the call that was exported.
         outputs: what the module returned for it.
+        inputs: names for the tensors of the call, in order; the graph may lack some.
         tensors: names of the tensors that traced modules return, by the module's name: one for
             every call of the module and every tensor it returns.
     """
@@ -134,6 +135,7 @@ class Exported:
     proto: onnx.ModelProto
     call: Call
     outputs: Any
+    inputs: list[str]
     tensors: dict[str, list[str]]
 
 
@@ -192,7 +194,7 @@ def export_traced(
                 proto = job.dynamo() if exporter == "dynamo" else job.torchscript()
             except Exception as error:
                 raise ExportError(_advice(error, exporter, opset)) from error
-    return Exported(proto, call, outputs, marks.take(proto))
+    return Exported(proto, call, outputs, inputs, marks.take(proto))
 
 
 @contextlib.contextmanager

@@ -38,11 +38,10 @@ from onnx_simplify import PASSES, Report, VerificationError
 from onnx_simplify.errors import first_line
 from onnx_simplify.graph.model import load
 from onnx_simplify.pipeline import is_half
-from onnx_simplify.report import figures
 from onnx_simplify.runtime.benchmark import Timing, time_calls
 from onnx_simplify.runtime.session import Session
 from onnx_simplify.runtime.verify import Verification, difference
-from torch_bridge.calls import Call, constants_of, leaves, tensor_names, tensors_of
+from torch_bridge.calls import Call, constants_of, leaves, tensors_of
 from torch_bridge.export import Exported, Exporter, ExportError, export_traced, inference, save
 
 # Layers that can be named in any step, not only in the first.
@@ -74,8 +73,7 @@ class _Signature:
         Raises:
             ExportError: the graph's inputs and outputs are not those of the module.
         """
-        call, graph = exported.call, exported.proto.graph
-        names, _ = tensor_names(model, call, exported.outputs)
+        graph, names = exported.proto.graph, exported.inputs
         present = [value.name for value in graph.input]
         count = len(tensors_of(exported.outputs))
         if not set(present) <= set(names) or len(graph.output) != count:
@@ -85,7 +83,7 @@ class _Signature:
                 "Try next: the other exporter."
             )
         outputs = pytree.tree_map(_placeholder, exported.outputs)
-        return cls(model, {n: names.index(n) for n in present}, call, outputs)
+        return cls(model, {n: names.index(n) for n in present}, exported.call, outputs)
 
     def feeds(self, call: Call) -> dict[str, np.ndarray]:
         """The graph's inputs for a call.
@@ -124,6 +122,23 @@ class _Signature:
         return pytree.tree_map(fill, self.outputs)
 
 
+@dataclass(frozen=True)
+class _Stage:
+    """A module on its way: as exported, or as a step left it.
+
+    Attributes:
+        proto: the model.
+        dense: the model as exported.
+        signature: how it is called.
+        tensors: the tensors that modules return, by the module's name.
+    """
+
+    proto: onnx.ModelProto
+    dense: onnx.ModelProto
+    signature: _Signature
+    tensors: dict[str, list[str]]
+
+
 class SimplifiedModel:
     """A simplified module: an ONNX model that is called like the module.
 
@@ -137,21 +152,12 @@ class SimplifiedModel:
         verification: the comparison with the module itself; None if it was not made.
     """
 
-    def __init__(
-        self,
-        onnx_model: onnx.ModelProto,
-        report: Report,
-        signature: _Signature,
-        dense: onnx.ModelProto,
-        tensors: dict[str, list[str]],
-    ):
+    def __init__(self, stage: _Stage, report: Report):
         """Made by `simplify` and the steps, not by their users."""
-        self.onnx_model = onnx_model
+        self.onnx_model = stage.proto
         self.report = report
         self.verification: Verification | None = None
-        self._signature = signature
-        self._dense = dense
-        self._tensors = tensors
+        self._stage = stage
         self._opened: Session | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -161,8 +167,8 @@ class SimplifiedModel:
             TypeError: the arguments do not fit the module's signature.
             ValueError: they are not those that were exported, or of other sizes or types.
         """
-        call = Call.of(self._signature.model, (args, kwargs))
-        feeds = self._signature.feeds(call)
+        call = Call.of(self._stage.signature.model, (args, kwargs))
+        feeds = self._stage.signature.feeds(call)
         device = next((t.device for t in call.tensors()), torch.device("cpu"))
         try:
             arrays = self._session.run(feeds)
@@ -172,7 +178,7 @@ class SimplifiedModel:
                 f"the model does not take {sizes}: {first_line(error)} "
                 "(dimensions that vary must be exported with dynamic_shapes)"
             ) from error
-        return self._signature.outputs_of(arrays, device)
+        return self._stage.signature.outputs_of(arrays, device)
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the session, which is opened again where it is needed."""
@@ -209,17 +215,17 @@ class SimplifiedModel:
         Returns:
             Median and quartiles in milliseconds of ``dense``, ``simplified`` and ``torch``.
         """
-        example = self._signature.example
-        feeds = self._signature.feeds(example)
+        example = self._stage.signature.example
+        feeds = self._stage.signature.feeds(example)
         calls: dict[str, Callable[[], object]] = {}
-        for name, proto in (("dense", self._dense), ("simplified", self.onnx_model)):
+        for name, proto in (("dense", self._stage.dense), ("simplified", self.onnx_model)):
             calls[name] = partial(Session(load(proto), threads=threads, optimize=True).run, feeds)
         if not eager:
             return time_calls(calls, rounds=rounds)
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            with inference(self._signature.model) as module:
+            with inference(self._stage.signature.model) as module:
                 return time_calls({**calls, "torch": partial(example.run, module)}, rounds=rounds)
         finally:
             torch.set_num_threads(before)
@@ -275,14 +281,14 @@ def simplify(
     # A single name need not be in a list.
     pinned = [pinned] if isinstance(pinned, str) else list(pinned)
     start = _start(model, example_inputs, pinned, dynamic_shapes, exporter, opset)
-    _check_names(pinned, {name for name, _ in start._signature.model.named_modules()})
-    lost = [name for name in pinned if name not in start._tensors]
+    _check_names(pinned, {name for name, _ in start.signature.model.named_modules()})
+    lost = [name for name in pinned if name not in start.tensors]
     if lost:
         raise ValueError(f"cannot pin '{lost[0]}': the model does not run it, or a step removed it")
-    feeds = start._signature.feeds(start._signature.example)
+    feeds = start.signature.feeds(start.signature.example)
     proto, report = onnx_simplify.simplify(
-        start.onnx_model,
-        pinned=[tensor for name in pinned for tensor in start._tensors[name]],
+        start.proto,
+        pinned=[tensor for name in pinned for tensor in start.tensors[name]],
         skip=skip,
         bn_folding=None if bn_folding is None else _nodes(start, bn_folding),
         input_data=feeds,
@@ -291,8 +297,8 @@ def simplify(
         target=target,
         channel_multiple=channel_multiple,
     )
-    tensors = _survivors(start.onnx_model, proto, start._tensors)
-    result = SimplifiedModel(proto, report, start._signature, start._dense, tensors)
+    tensors = _survivors(start.proto, proto, start.tensors)
+    result = SimplifiedModel(_Stage(proto, start.dense, start.signature, tensors), report)
     if verify:
         result.verification = _compare(result, rtol)
     return result
@@ -398,7 +404,7 @@ def get_pinned(
     """
     start = _start(model, example_inputs, (), None, exporter, None)
     module = _modules(start)
-    found = (module(label) for label in onnx_simplify.get_pinned(start.onnx_model))
+    found = (module(label) for label in onnx_simplify.get_pinned(start.proto))
     return [name for name in dict.fromkeys(found) if name is not None]
 
 
@@ -417,12 +423,12 @@ def _start(
     dynamic_shapes: Any,
     exporter: Exporter,
     opset: int | None,
-) -> SimplifiedModel:
+) -> _Stage:
     """The model as exported, or as the last step left it."""
     if isinstance(model, SimplifiedModel):
         if not (example_inputs is dynamic_shapes is opset is None):
             raise ValueError("example inputs, dynamic shapes and opset are those of the first step")
-        return model
+        return model._stage
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     modules = dict(model.named_modules())
@@ -440,10 +446,7 @@ def _start(
         fuse_batchnorm=False,
     )
     proto = exported.proto
-    signature = _Signature.of(model, exported)
-    size = figures(load(proto), {})
-    report = Report(before=size, after=size)
-    return SimplifiedModel(proto, report, signature, proto, exported.tensors)
+    return _Stage(proto, proto, _Signature.of(model, exported), exported.tensors)
 
 
 def _check_names(names: Collection[str], known: Collection[str]) -> None:
@@ -455,16 +458,16 @@ def _check_names(names: Collection[str], known: Collection[str]) -> None:
             raise ValueError(f"the model has no module '{name}'{hint}")
 
 
-def _modules(model: SimplifiedModel) -> Callable[[str], str | None]:
+def _modules(stage: _Stage) -> Callable[[str], str | None]:
     """The module that a node, given by its label, belongs to."""
     owner: dict[str, str] = {}
-    modules = dict(model._signature.model.named_modules())
+    modules = dict(stage.signature.model.named_modules())
     # A container returns what its last layer does: the layer's name is the better one.
-    names = sorted(model._tensors, key=lambda name: not isinstance(modules[name], _LAYERS))
+    names = sorted(stage.tensors, key=lambda name: not isinstance(modules[name], _LAYERS))
     for name in names:
-        for tensor in model._tensors[name]:
+        for tensor in stage.tensors[name]:
             owner.setdefault(tensor, name)
-    graph = model.onnx_model.graph
+    graph = stage.proto.graph
     output = {node.name: node.output[0] for node in graph.node if node.name}
     weights = {tensor.name for tensor in graph.initializer}
     readers: dict[str, list[onnx.NodeProto]] = {}
@@ -484,23 +487,23 @@ def _modules(model: SimplifiedModel) -> Callable[[str], str | None]:
     return find
 
 
-def _pairs(model: SimplifiedModel) -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:
+def _pairs(stage: _Stage) -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:
     """Foldable pairs: (layer, BatchNorm) by module, and the same by node."""
-    module = _modules(model)
-    for layer, norm in onnx_simplify.get_bn_folding(model.onnx_model):
+    module = _modules(stage)
+    for layer, norm in onnx_simplify.get_bn_folding(stage.proto):
         names = module(layer), module(norm)
         if names[0] is not None and names[1] is not None:
             yield (names[0], names[1]), (layer, norm)
 
 
-def _nodes(model: SimplifiedModel, pairs: Collection[tuple[str, str]]) -> set[tuple[str, str]]:
+def _nodes(stage: _Stage, pairs: Collection[tuple[str, str]]) -> set[tuple[str, str]]:
     """The pairs of nodes that belong to pairs of modules.
 
     Raises:
         ValueError: a pair that cannot be folded.
     """
     wanted = {(str(a), str(b)) for a, b in pairs}
-    found = {nodes: names for names, nodes in _pairs(model) if names in wanted}
+    found = {nodes: names for names, nodes in _pairs(stage) if names in wanted}
     for pair in sorted(wanted - set(found.values())):
         raise ValueError(f"cannot fold {pair}: see get_bn_folding")
     return set(found)
@@ -578,8 +581,8 @@ def _compare(model: SimplifiedModel, rtol: float | None) -> Verification:
     Raises:
         VerificationError: they differ.
     """
-    signature = model._signature
-    half = is_half(load(model._dense))
+    signature = model._stage.signature
+    half = is_half(load(model._stage.dense))
     tolerance = rtol if rtol is not None else (1e-2 if half else 1e-4)
     result = Verification(True, 0.0, tolerance, 0, [])
     with inference(signature.model) as module:
@@ -602,7 +605,7 @@ def _compare(model: SimplifiedModel, rtol: float | None) -> Verification:
             result.sizes.append({})
             result.worst = max(result.worst, gap)
             if not gap <= tolerance:
-                exported = difference(wanted, Session(load(model._dense)).run(feeds))[0]
+                exported = difference(wanted, Session(load(model._stage.dense)).run(feeds))[0]
                 blame = (
                     "; so does the exported model: try the other exporter"
                     if not exported <= tolerance
@@ -617,7 +620,8 @@ def _compare(model: SimplifiedModel, rtol: float | None) -> Verification:
 
 def _calls(model: SimplifiedModel) -> Iterator[Call]:
     """The example, random inputs of its shapes, and larger ones where shapes are dynamic."""
-    module, example = model._signature.model, model._signature.example
+    stage = model._stage
+    module, example = stage.signature.model, stage.signature.example
     yield example
     shapes = [tuple(tensor.shape) for tensor in example.tensors()]
     yield _varied(module, example, shapes, 1)
@@ -626,10 +630,10 @@ def _calls(model: SimplifiedModel) -> Iterator[Call]:
         yield _varied(module, example, shapes, 3, integers=True)
     dynamic = {
         value.name: [bool(d.dim_param) for d in value.type.tensor_type.shape.dim]
-        for value in model._dense.graph.input
+        for value in stage.dense.graph.input
     }
     if any(map(any, dynamic.values())):
-        for name, k in model._signature.names.items():
+        for name, k in stage.signature.names.items():
             shapes[k] = tuple(
                 2 * size if free else size
                 for size, free in zip(shapes[k], dynamic[name], strict=True)
