@@ -20,6 +20,7 @@ import onnx
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 PROTOCOLS = ("P1", "P1-80", "P1-in", "P1-slim", "P2")
+EXPORTERS = ("torchscript", "dynamo")
 LIMIT = 1e-5
 
 
@@ -38,6 +39,17 @@ def models(name: str, protocol: str, exporter: str) -> Iterator[onnx.ModelProto]
         yield export(one, example, exporter=exporter, fuse_batchnorm=False)
 
 
+def passes(dense: onnx.ModelProto, fold: bool = True) -> Iterator[onnx.ModelProto]:
+    """The model after each of the three passes, with or without the first."""
+    import onnx_simplify
+
+    folded = onnx_simplify.fold_batchnorm(dense) if fold else dense
+    yield folded
+    shifted = onnx_simplify.propagate_bias(folded)
+    yield shifted
+    yield onnx_simplify.remove_zeroed(shifted)
+
+
 def check(name: str, protocol: str, exporter: str) -> bool:
     """Print the lines of one model; whether all is well."""
     import onnx_simplify
@@ -50,10 +62,7 @@ def check(name: str, protocol: str, exporter: str) -> bool:
     good = True
     for fold in (True, False):
         skip = () if fold else ("fold_batchnorm",)
-        steps = [onnx_simplify.fold_batchnorm(dense) if fold else dense]
-        steps.append(onnx_simplify.propagate_bias(steps[-1]))
-        steps.append(onnx_simplify.remove_zeroed(steps[-1]))
-        errors = [onnx_simplify.verify(dense, step).worst for step in steps]
+        errors = [onnx_simplify.verify(dense, step).worst for step in passes(dense, fold)]
         _, report = onnx_simplify.simplify(dense, skip=skip)
         errors.append(report.verification.worst if report.verification else float("inf"))
         before, after = report.before, report.after
@@ -83,7 +92,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Check architectures under pruning protocols.")
     parser.add_argument("names", nargs="*", default=zoo.ARCHITECTURES)
     parser.add_argument("--protocols", nargs="+", default=PROTOCOLS, choices=PROTOCOLS)
-    parser.add_argument("--exporters", nargs="+", default=("torchscript", "dynamo"))
+    parser.add_argument("--exporters", nargs="+", default=EXPORTERS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     print("worst relative error after: fold, propagate, remove, all at once")

@@ -31,6 +31,7 @@ import numpy as np
 import onnx
 
 import publish
+from onnx_simplify.errors import first_line
 from onnx_simplify.graph.model import load
 from onnx_simplify.runtime.benchmark import time_calls
 from onnx_simplify.runtime.session import Session
@@ -66,14 +67,14 @@ def measure(name: str, also: Sequence[str], threads: int, rounds: int, amount: f
     simplified, report = onnx_simplify.simplify(pruned)
     models = {"dense": dense, "pruned": pruned, "simplified": simplified}
     models |= dict(_others(name, module, image, pruned, also, to_onnx))
-    feeds = {pruned.graph.input[0].name: image.numpy()}
     runs: dict[str, Run] = {}
     outputs: dict[str, Any] = {}
     for key, model in models.items():
         session = Session(load(model), threads=threads, optimize=True)
-        runs[key] = partial(session.run, {model.graph.input[0].name: image.numpy()})
-        outputs[key] = session.run({model.graph.input[0].name: image.numpy()})
-    expected = Session(load(pruned)).run(feeds)
+        feeds = {model.graph.input[0].name: image.numpy()}
+        runs[key] = partial(session.run, feeds)
+        outputs[key] = session.run(feeds)
+    expected = Session(load(pruned)).run({pruned.graph.input[0].name: image.numpy()})
     row: Row = {
         "parameters": [report.before.parameters, report.after.parameters],
         "macs": [report.before.macs, report.after.macs],
@@ -144,8 +145,8 @@ def _others(
         try:
             yield from made.get(key, lambda: iter(()))()
         except Exception as error:  # whatever another tool raises
-            text = str(error).strip().splitlines() or [""]
-            print(f"{name}: {key} fails: {type(error).__name__}: {text[0]}", file=sys.stderr)
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            print(f"{name}: {key} fails: {reason}", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -49,9 +49,9 @@ def replace_section(path: Path, marker: str, text: str) -> None:
     write(path, f"{before}{start}\n{text.strip()}\n{end}{after}")
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table; all columns but the first ``left`` are aligned to the right."""
-    rule = ["---" if k < left else "---:" for k in range(len(header))]
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; all columns but the first are aligned to the right."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
 
 

@@ -20,11 +20,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import publish
-from architectures import LIMIT, models
+from architectures import EXPORTERS, LIMIT, models, passes
+from onnx_simplify.errors import first_line
 
 STEPS = ("BatchNorm folding", "bias propagation", "simplification")
 PROTOCOLS = ("P1-80", "P1")
-EXPORTERS = ("torchscript", "dynamo")
 PACKAGES = ("torch", "torchvision", "onnx", "onnxruntime")
 Row = dict[str, Any]
 
@@ -36,18 +36,10 @@ def measure(name: str, protocol: str, exporter: str) -> Row:
     errors: list[float] = []
     try:
         (dense,) = models(name, protocol, exporter)
-        steps = (
-            onnx_simplify.fold_batchnorm,
-            onnx_simplify.propagate_bias,
-            onnx_simplify.remove_zeroed,
-        )
-        current = dense
-        for step in steps:
-            current = step(current)
-            errors.append(onnx_simplify.verify(dense, current).worst)
+        for model in passes(dense):
+            errors.append(onnx_simplify.verify(dense, model).worst)
     except Exception as error:  # whatever it is belongs in the table
-        text = str(error).strip().splitlines() or [""]
-        return {"errors": errors, "stopped": f"{type(error).__name__}: {text[0]}"}
+        return {"errors": errors, "stopped": f"{type(error).__name__}: {first_line(error)}"}
     return {"errors": errors, "stopped": None}
 
 
