@@ -13,11 +13,13 @@ from onnx_simplify.errors import CannotVerifyError, SimplifyError, VerificationE
 from onnx_simplify.graph.edit import label
 from onnx_simplify.graph.model import Model
 from onnx_simplify.graph.shapes import infer
+from onnx_simplify.passes.absorb_gathers import absorb_gathers
 from onnx_simplify.passes.clean import clean
 from onnx_simplify.passes.compress_maps import compress_maps
 from onnx_simplify.passes.fold_batchnorm import check_pairs, fold_batchnorm
 from onnx_simplify.passes.fold_shapes import fold_shapes
 from onnx_simplify.passes.propagate_bias import propagate_bias
+from onnx_simplify.passes.reblock_maps import reblock_maps
 from onnx_simplify.passes.remove_zeroed import remove_zeroed
 from onnx_simplify.planning.planner import Planner
 from onnx_simplify.planning.profiles import profile
@@ -141,7 +143,7 @@ def simplify_in_place(
     def observe(analysis: Analysis) -> None:
         add_findings(before, analysis)
         if analysis.level:
-            report.ideal_macs = ideal_macs(analysis, report.input_shapes)
+            report.ideal_macs = ideal_macs(analysis, report.input_shapes, before)
         report.opaque = [
             Opaque(label(n), n.op, analysis.layouts.opaque.get(id(n), "operator not known"))
             for n in model.graph.nodes
@@ -173,6 +175,8 @@ def simplify_in_place(
         if present <= {id(n) for n in model.graph.nodes}:
             break
         # Where nodes are gone, others may have become neighbours, or constant.
+    absorb_gathers(model, planner)
+    reblock_maps(model, planner.profile)
     compress_maps(model)
     after = layers(model)
     for node, layer in before.items():

@@ -225,7 +225,9 @@ def add_findings(found: Mapping[int, Layer], analysis: Analysis) -> None:
             layer.constant = int(((analysis.level[result] > 0) & ~dead).sum())
 
 
-def ideal_macs(analysis: Analysis, shapes: Mapping[str, Sequence[int]]) -> int | None:
+def ideal_macs(
+    analysis: Analysis, shapes: Mapping[str, Sequence[int]], known: Mapping[int, Layer]
+) -> int | None:
     """Multiply-accumulates between channels that vary and are needed; None if not known.
 
     Constants count as absorbed, wherever they are read.
@@ -233,6 +235,7 @@ def ideal_macs(analysis: Analysis, shapes: Mapping[str, Sequence[int]]) -> int |
     Args:
         analysis: an analysis with levels.
         shapes: sizes of the inputs.
+        known: the layers, as :func:`layers` gives them.
     """
     total = _macs(analysis.model, shapes)
     if total is None:
@@ -247,6 +250,8 @@ def ideal_macs(analysis: Analysis, shapes: Mapping[str, Sequence[int]]) -> int |
     )
     found = 0.0
     for node, rule in _weighted(analysis.model):
+        if id(node) not in known:
+            continue
         groups, *sizes = rule.dims(node)
         ends = node.outputs[0].name, node.inputs[rule.wiring(node).data].name
         live = [np.full(groups, size) for size in sizes]

@@ -27,7 +27,9 @@ class Result:
 @pytest.fixture(autouse=True)
 def processor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plan alike on every machine: keep channels where that is free, add maps elsewhere."""
-    plain = profiles.Profile("generic", 4, 4, map_cost=1e-9, node_cost=1e-9)
+    plain = profiles.Profile(
+        "generic", 4, 4, map_cost=1e-9, node_cost=1e-9, rearrange=False
+    )
     monkeypatch.setattr(profiles, "detect", lambda: plain)
 
 

@@ -8,7 +8,7 @@ place of scalars; the rules of each operator are in :mod:`onnx_simplify.channels
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -16,10 +16,13 @@ import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.layouts import Layouts, Unsupported
 from onnx_simplify.channels.operators import OPAQUE, Operator, lookup
+from onnx_simplify.channels.operators.linear import Linear
 from onnx_simplify.channels.values import MAP, UNIFORM, VARYING, Constants
 from onnx_simplify.graph.model import Model
 from onnx_simplify.graph.shapes import infer
 
+Layer = tuple[int, gs.Node, Linear]
+"""A node with weights: its place in the order of execution, the node and its rule."""
 Chooser = Callable[[gs.Node, "Analysis", np.ndarray], bool]
 Absorbed = dict[tuple[int, int], np.ndarray]
 """Masks of input positions by (``id(node)``, input index)."""
@@ -82,6 +85,17 @@ class Analysis:
     def needed(self) -> dict[str, np.ndarray]:
         """Which positions some live output depends on, by tensor name, as the graph stands."""
         return self.need()
+
+    @cached_property
+    def makers(self) -> dict[int, list[Layer]]:
+        """The layers with weights that compute each label, in execution order."""
+        found: dict[int, list[Layer]] = {}
+        for place, node in enumerate(self.model.graph.nodes):
+            rule = self.rule[id(node)]
+            if isinstance(rule, Linear) and self.has(node.outputs[0]):
+                for channel in np.unique(rule.channels(node, self)[1]):
+                    found.setdefault(int(channel), []).append((place, node, rule))
+        return found
 
     def has(self, tensor: gs.Tensor) -> bool:
         """Whether the tensor is a variable whose channels are followed."""
@@ -223,13 +237,19 @@ class Analysis:
             alive[self.layouts.of[name][mask]] = True
         return alive
 
-    def close(self, alive: np.ndarray, choose: Chooser | None = None) -> np.ndarray:
+    def close(
+        self,
+        alive: np.ndarray,
+        choose: Chooser | None = None,
+        free: Collection[int] = (),
+    ) -> np.ndarray:
         """Revive channels until every node can be rewritten; the argument is modified.
 
         Args:
             alive: labels that stay.
             choose: optional callable ``(node, analysis, alive) -> bool`` that revives channels for
                 speed and says whether it did.
+            free: ``id(node)`` of nodes that are rewritten in some other way.
         """
         again = True
         while again:
@@ -238,7 +258,8 @@ class Analysis:
                 if not self._partial(node, alive):
                     continue
                 rule = self.rule[id(node)]
-                again |= rule.constrain(node, self, alive)
+                if id(node) not in free:
+                    again |= rule.constrain(node, self, alive)
                 again |= self._never_empty(node, rule, alive)
                 if choose is not None:
                     again |= choose(node, self, alive)

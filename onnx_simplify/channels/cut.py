@@ -8,6 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.analysis import Analysis
+from onnx_simplify.channels.merge import Merger
 from onnx_simplify.graph.edit import Editor, compress, drop_unused, label, set_input
 from onnx_simplify.graph.model import Model
 
@@ -18,13 +19,21 @@ class Cut:
     Attributes:
         analysis: the analysis the removal is based on.
         alive: which labels stay, bool ``(labels,)``, closed under :meth:`Analysis.close`.
+        mergers: how groups of convolutions are merged, by ``id(node)``.
         model: the model being rewritten.
     """
 
-    def __init__(self, analysis: Analysis, alive: np.ndarray):
+    def __init__(
+        self, analysis: Analysis, alive: np.ndarray, mergers: Mapping[int, Merger] | None = None
+    ):
         """Plan a removal; :meth:`apply` carries it out."""
         self.analysis = analysis
         self.alive = alive
+        self.mergers = mergers or {}
+        self._rank = np.zeros(alive.size, np.int64)
+        for merger in self.mergers.values():
+            for labels in (merger.sources, merger.results):
+                self._rank[labels] = np.arange(labels.size)
         self.model: Model = analysis.model
         self._editor = Editor(self.model, analysis.layouts.readers)
         self._kept: dict[str, dict[int, np.ndarray]] = {}
@@ -57,8 +66,29 @@ class Cut:
             self._kept[tensor.name] = found
         return found
 
+    def stay(self, labels: np.ndarray) -> np.ndarray:
+        """Indices of those of some labels that stay, in their new order."""
+        found = np.flatnonzero(self.alive[labels])
+        return found[np.argsort(self._rank[labels[found]], kind="stable")]
+
+    def taken(self, tensor: gs.Tensor) -> dict[int, np.ndarray]:
+        """For each axis along which positions leave or move, the indices of what is there then.
+
+        Axes of channels that move hold no other ones: see :func:`can_move`.
+        """
+        if not self.analysis.has(tensor):
+            return {}
+        found = {axis: np.flatnonzero(mask) for axis, mask in self.kept(tensor).items()}
+        layout = self.analysis.layouts.of[tensor.name]
+        if self._rank[layout].any():
+            found[int(np.argmax(layout.shape))] = self.stay(layout.ravel())
+        return found
+
     def slice(self, node: gs.Node, index: int, kept: Mapping[int, np.ndarray]) -> None:
-        """Keep some positions of a node's initializer; nodes that share it may go on doing so."""
+        """Take some positions (indices by axis) of a node's initializer.
+
+        Nodes that share it may go on doing so.
+        """
         if kept:
             # Not ``values``: those would copy an array only to drop most of it.
             self.put(node, index, compress(node.inputs[index]._values, kept))

@@ -16,6 +16,8 @@ The minimum of two levels is their meet.
 _ROUNDING = 4e-7
 # Rules prove uniformity; a pooled average of equal numbers may still differ in the last bits.
 _LOOSE = 1e-5
+# So far may the mean of equal numbers be from that number.
+_MEAN = 4e-6
 
 
 @dataclass
@@ -81,6 +83,25 @@ class Constants:
             axes = tuple(k for k, s in enumerate(agree.shape) if s == 1)
             agree &= (_wide(values) == self.arrays[name]).all(axis=axes, keepdims=True)
         self.agreement[name] = agree
+
+    def adopt(self, name: str, low: np.ndarray, high: np.ndarray, where: np.ndarray) -> None:
+        """Put what is known of a tensor in place of a measurement that rounds.
+
+        Where the two are too far apart, the tensor is not constant in practice: it comes out
+        differently for every size of the input.
+
+        Args:
+            name: the tensor.
+            low: smallest values, shaped like the layout; NaN where nothing is known.
+            high: largest values.
+            where: positions that are uniform.
+        """
+        where = where & np.isfinite(low) & np.isfinite(high) & self.agreement[name]
+        slack = _MEAN * np.maximum(np.abs(low), np.abs(high))
+        close = (np.abs(self.low[name] - low) <= slack) & (np.abs(self.high[name] - high) <= slack)
+        self.low[name] = np.where(where, low, self.low[name])
+        self.high[name] = np.where(where, high, self.high[name])
+        self.agreement[name] = self.agreement[name] & (close | ~where)
 
     def is_exact(self, name: str) -> bool:
         """Whether the tensor's values are not subject to rounding."""

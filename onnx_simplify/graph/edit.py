@@ -31,7 +31,7 @@ class ZeroedSlices(LazyValues):
         return self.compress({})
 
     def compress(self, kept: Mapping[int, np.ndarray]) -> np.ndarray:
-        """The array with only some positions kept along some axes."""
+        """The array with only some positions (indices) along some axes."""
         mask = self.mask[kept[self.axis]] if self.axis in kept else self.mask
         values = compress(self.base, kept)
         if mask.any():
@@ -41,11 +41,11 @@ class ZeroedSlices(LazyValues):
 
 
 def compress(values: np.ndarray | ZeroedSlices, kept: Mapping[int, np.ndarray]) -> np.ndarray:
-    """Keep only some positions (bool masks) along some axes."""
+    """Take only some positions (indices) along some axes."""
     if isinstance(values, ZeroedSlices):
         return values.compress(kept)
-    for axis, mask in sorted(kept.items(), key=lambda item: item[1].mean()):
-        values = np.compress(mask, values, axis)
+    for axis, index in sorted(kept.items(), key=lambda item: item[1].size / values.shape[item[0]]):
+        values = np.take(values, index, axis)
     return values
 
 

@@ -59,7 +59,24 @@ def _is_identity(node: gs.Node) -> bool:
         return True
     if node.op == "Split" and len(node.outputs) == 1:
         return True
+    if node.op == "Conv":
+        return _is_identity_convolution(node)
     return node.op == "Dropout" and is_inference_dropout(node)
+
+
+def _is_identity_convolution(node: gs.Node) -> bool:
+    """A 1x1 convolution with the identity matrix, or with a factor of one for each channel."""
+    weight = node.inputs[1]
+    if not isinstance(weight, gs.Constant) or len(node.inputs) > 2 and node.inputs[2].name:
+        return False
+    groups = int(node.attrs.get("group", 1))
+    channels, inputs, *kernel = weight.shape
+    if any(k != 1 for k in kernel) or channels != groups * inputs or 1 < groups < channels:
+        return False
+    if any(v != 1 for v in node.attrs.get("strides", ())) or any(node.attrs.get("pads", ())):
+        return False
+    values = weight.values.reshape(channels, inputs)
+    return bool((values == (np.eye(channels) if groups == 1 else 1)).all())
 
 
 def _constants(model: Model) -> None:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import numpy as np
 import onnx
@@ -34,6 +33,7 @@ from onnx_simplify.graph.model import Model
 from onnx_simplify.graph.shapes import Dim
 from onnx_simplify.passes.clean import clean
 from onnx_simplify.passes.regroup_shuffles import regroup_shuffles
+from onnx_simplify.passes.split_sums import split_sums
 from onnx_simplify.planning.planner import Planner, Work
 from onnx_simplify.runtime.inputs import Feeds
 from onnx_simplify.runtime.measure import measure
@@ -64,28 +64,35 @@ def propagate_bias(
         planner: chooses among the ways to absorb.
         runs: inputs for measuring constants, see :func:`onnx_simplify.runtime.measure.measure`.
         only_zeros: absorb nothing but zeros, which needs no bias.
-        observe: called with the analysis before anything is changed.
+        observe: called with the analysis before anything is absorbed.
     """
-    analysis = _measured(model, runs)
+    splitter = None if only_zeros else planner
+    analysis = _measured(model, runs, splitter)
     if observe is not None:
         observe(analysis)
     if not only_zeros:
         stored = _store_constant_operands(analysis)
         if _store_constant_results(analysis) or stored:
             clean(model)
-            analysis = _measured(model, runs)
+            analysis = _measured(model, runs, splitter)
     readers = _readers(analysis, only_zeros)
     alive = _alive_after(analysis, readers)
     if regroup_shuffles(analysis, alive):
         analysis = _measured(model, runs)
         readers = _readers(analysis, only_zeros)
         alive = _alive_after(analysis, readers)
-    _absorb(analysis, planner, readers, analysis.close(alive))
+    # Groups that will merge keep nothing to be as wide as the widest.
+    mergers = planner.merge_groups(analysis, alive)
+    _absorb(analysis, planner, readers, analysis.close(alive, free=mergers))
 
 
-def _measured(model: Model, runs: Sequence[Feeds]) -> Analysis:
+def _measured(model: Model, runs: Sequence[Feeds], splitter: Planner | None = None) -> Analysis:
+    """An analysis with measured constants, after sums are split if there is a planner for it."""
     analysis = Analysis(model)
     analysis.propagate_constants()
+    if splitter is not None and split_sums(analysis, splitter):
+        analysis = Analysis(model)
+        analysis.propagate_constants()
     measure(analysis, runs)
     return analysis
 
@@ -325,17 +332,6 @@ class _Choice:
     planner: Planner
     alive: np.ndarray
 
-    @cached_property
-    def makers(self) -> dict[int, list[tuple[int, gs.Node, Linear]]]:
-        """The layers that compute each label, with their places in the order of execution."""
-        found: dict[int, list[tuple[int, gs.Node, Linear]]] = {}
-        for place, node in enumerate(self.analysis.model.graph.nodes):
-            rule = self.analysis.rule[id(node)]
-            if isinstance(rule, Linear) and self.analysis.has(node.outputs[0]):
-                for channel in np.unique(rule.channels(node, self.analysis)[1]):
-                    found.setdefault(int(channel), []).append((place, node, rule))
-        return found
-
 
 def _decide(choice: _Choice, reader: _Reader) -> None:
     """Choose what to absorb and how."""
@@ -405,39 +401,22 @@ def _is_cheaper(choice: _Choice, reader: _Reader, stand_ins: np.ndarray) -> bool
     """Whether these channels shall stay to stand for others, rather than a map be added."""
     analysis, alive = choice.analysis, choice.alive
     node, rule = reader.node, reader.rule
-    source, result = _positions(analysis, node, rule)
+    source, result = rule.positions(node, analysis)
     outputs = int(alive[rule.channels(node, analysis)[1]].sum()) * result
-    own = Work(int(alive[reader.labels].sum()), _taps(rule, node) * outputs, source)
+    own = Work(int(alive[reader.labels].sum()), rule.taps(node) * outputs, source)
     makers = {
         place: (maker, how)
         for channel in reader.labels[stand_ins]
-        for place, maker, how in choice.makers.get(int(channel), [])
+        for place, maker, how in analysis.makers.get(int(channel), [])
         if place < reader.place
     }
     producers = []
     for _, (maker, how) in sorted(makers.items()):
         inputs, results = how.channels(maker, analysis)
-        each = max(1, int(alive[inputs].sum()) // len(how.used(maker))) * _taps(how, maker)
-        positions = _positions(analysis, maker, how)[1]
+        each = max(1, int(alive[inputs].sum()) // len(how.used(maker))) * how.taps(maker)
+        positions = how.positions(maker, analysis)[1]
         producers.append(Work(int(alive[results].sum()), each * positions, positions))
     return choice.planner.prefers_stand_ins(stand_ins.size, producers, own, outputs)
-
-
-def _taps(rule: Linear, node: gs.Node) -> int:
-    """Weights between one input and one output channel."""
-    return rule.weights(node)[0, 0, 0].size
-
-
-def _positions(analysis: Analysis, node: gs.Node, rule: Linear) -> tuple[int, int]:
-    """Positions in space of a node's input and output, of one image if sizes are not known."""
-    wiring = rule.wiring(node)
-    found = []
-    ends = (node.inputs[wiring.data], wiring.axis_in), (node.outputs[0], wiring.axis_out)
-    for tensor, axis in ends:
-        shape = analysis.shape(tensor)
-        space = [d for k, d in enumerate(shape) if k > axis % len(shape) and isinstance(d, int)]
-        found.append(int(np.prod(space)))
-    return found[0], found[1]
 
 
 def _stand_for(

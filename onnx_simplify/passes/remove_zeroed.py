@@ -28,5 +28,5 @@ def remove_zeroed(model: Model, planner: Planner) -> None:
     if regroup_shuffles(analysis, alive):
         analysis = Analysis(model)
         alive = analysis.alive(analysis.needed)
-    alive = analysis.close(alive, planner.keep_for_alignment)
-    Cut(analysis, alive).apply()
+    alive, mergers = planner.close(analysis, alive)
+    Cut(analysis, alive, mergers).apply()

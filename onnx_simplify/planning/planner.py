@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.analysis import Analysis
+from onnx_simplify.channels.merge import Merger
 from onnx_simplify.channels.operators.linear import Convolution
+from onnx_simplify.planning.costs import Layer, convolution, rounded
+from onnx_simplify.planning.grouping import merge_groups
 from onnx_simplify.planning.profiles import Profile
+from onnx_simplify.planning.streams import Operand, arrange, merge_placements
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,35 @@ class Planner:
         """Plan for ``profile``."""
         self.profile = profile
 
+    def merge_groups(self, analysis: Analysis, alive: np.ndarray) -> dict[int, Merger]:
+        """New groups for convolutions where that is faster, see :func:`merge_groups`."""
+        return merge_groups(self.profile, analysis, alive)
+
+    def close(
+        self, analysis: Analysis, alive: np.ndarray
+    ) -> tuple[np.ndarray, dict[int, Merger]]:
+        """Decide which channels stay, see :meth:`Analysis.close`, and which groups merge.
+
+        Args:
+            analysis: the analysis.
+            alive: labels that are needed; not modified.
+
+        Returns:
+            Labels that stay, and mergers by ``id(node)``.
+        """
+        mergers = self.merge_groups(analysis, alive)
+        mergers |= merge_placements(self.profile, analysis, alive)
+        while True:
+            closed = alive.copy()
+            for merger in mergers.values():
+                closed[merger.sources] = closed[merger.results] = True
+            closed = analysis.close(closed, self.keep_for_alignment, mergers)
+            broken = [key for key, merger in mergers.items() if not merger.fits(analysis, closed)]
+            if not broken:
+                return closed, mergers
+            for key in broken:
+                del mergers[key]
+
     def keep_for_alignment(self, node: gs.Node, analysis: Analysis, alive: np.ndarray) -> bool:
         """Keep dead output channels of a convolution up to the next multiple.
 
@@ -47,7 +81,8 @@ class Planner:
         rule = analysis.rule[id(node)]
         if multiple < 2 or not isinstance(rule, Convolution) or analysis.node_dead(node, alive):
             return False
-        if rule.wiring(node).groups > 1:
+        groups, *sizes = rule.dims(node)
+        if groups > 1 and sizes != [1, 1]:
             return False
         labels = analysis.layouts.of[node.outputs[0].name].ravel()
         stay = alive[labels]
@@ -57,6 +92,33 @@ class Planner:
         dead = dead[np.sort(np.unique(dead, return_index=True)[1])][:missing]
         alive[dead] = True
         return dead.size > 0
+
+    def narrow_operands(
+        self, operands: Sequence[Operand], users: Sequence[Layer], total: int, movable: bool
+    ) -> list[int]:
+        """Which operands of a sum shall compute their own channels only.
+
+        Args:
+            operands: the operands.
+            users: the layers that read the sum.
+            total: how many channels there may be, dead ones included.
+            movable: whether the sum's channels may be put into another order.
+        """
+        profile = self.profile
+        if not profile.rearrange or not operands:
+            return []
+        found = arrange(profile, operands, users, total) if movable else None
+        chosen = [] if found is None else list(found.rooms)
+        for index, operand in enumerate(operands):
+            narrow, wide = (
+                rounded(int(n), profile.multiple)
+                for n in (operand.narrow.sum(), operand.narrow.size)
+            )
+            if index not in chosen and narrow < wide:
+                placed = operand.placed(profile, 1, narrow, wide)
+                if placed < operand.wide(profile, wide):
+                    chosen.append(index)
+        return chosen
 
     def prefers_stand_ins(
         self, rank: int, producers: list[Work], reader: Work, result: int
@@ -82,10 +144,21 @@ class Planner:
             cost += self._grown(layer.channels, rank, profile.block) * each
         return cost < profile.map_cost * result + profile.node_cost
 
+    def prefers_zeros(self, layers: Sequence[Layer], channels: int) -> bool:
+        """Whether layers had better read more channels, with zeros, than have theirs gathered.
+
+        Args:
+            layers: the layers as they are, all of them readers of the same channels.
+            channels: how many there are to gather from.
+        """
+        profile = self.profile
+        copied = layers[0].inputs * max(layer.positions for layer in layers)
+        saved = copied * profile.channel_cost + profile.node_cost
+        for layer in layers:
+            saved += convolution(profile, layer)
+            saved -= convolution(profile, layer.with_inputs(channels))
+        return profile.rearrange and saved > 0
+
     def _grown(self, count: int, more: int, multiple: int) -> int:
         """By how much a number of channels grows, both times rounded up."""
-        return _rounded(count + more, multiple) - _rounded(count, multiple)
-
-
-def _rounded(count: int, multiple: int) -> int:
-    return -(-count // multiple) * multiple
+        return rounded(count + more, multiple) - rounded(count, multiple)

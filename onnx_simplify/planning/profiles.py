@@ -9,26 +9,42 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Profile:
-    """How onnxruntime's CPU kernels treat channels on a target.
+    """How onnxruntime's CPU kernels treat channels on a target, on one thread.
+
+    ``scripts/calibrate.py`` measures the figures on the machine at hand, all in nanoseconds; how
+    they are put together is in :mod:`onnx_simplify.planning.costs`.
 
     Attributes:
         name: what ``--target`` calls it.
-        block: channels that the blocked (NCHWc) convolution kernels process at a time.
+        block: channels that the blocked (NCHWc) convolution kernels process at a time; 1 where
+            there are no such kernels.
         multiple: channel counts of convolutions that are no multiple of this leave the blocked
             kernels; the planner keeps dead channels to reach one.
-        channel_cost: nanoseconds to store and load one more channel, per position.
-        mac_cost: nanoseconds per multiply-accumulate of a convolution.
-        map_cost: nanoseconds per element to add a map, with the reorders around it.
-        node_cost: nanoseconds for an operator, however small its tensors, with these reorders.
+        mac_cost: for each multiply-accumulate of a blocked convolution.
+        load_cost: to load one input element, for each tap of each group of a blocked convolution.
+        depthwise_cost: for each multiply-accumulate of a blocked depthwise convolution.
+        plain_mac_cost: for each multiply-accumulate of other convolutions.
+        unfold_cost: for each element of the unfolded input (im2col) of other convolutions.
+        channel_cost: to store and load one element.
+        reorder_cost: for each element brought into the blocked layout or out of it.
+        map_cost: for each element of an output to which a map is added, reorders included.
+        node_cost: for an operator, however small its tensors.
+        rearrange: whether layers may be split, groups merged and channels reordered.
     """
 
     name: str
     block: int
     multiple: int
+    mac_cost: float = 0.008
+    load_cost: float = 0.04
+    depthwise_cost: float = 0.012
+    plain_mac_cost: float = 0.022
+    unfold_cost: float = 0.12
     channel_cost: float = 0.15
-    mac_cost: float = 0.0085
+    reorder_cost: float = 0.1
     map_cost: float = 0.2
     node_cost: float = 4000
+    rearrange: bool = True
 
 
 PROFILES = {
@@ -51,8 +67,12 @@ def detect() -> Profile:
 def profile(name: str | None, multiple: int | None = None) -> Profile:
     """A profile by name (None or ``auto``: detect), optionally with another channel multiple.
 
+    A multiple of 1 asks for the fewest channels, which leaves nothing to rearrange.
+
     Raises:
         KeyError: there is no profile of that name.
     """
     found = detect() if name in (None, "auto") else PROFILES[str(name)]
-    return found if multiple is None else replace(found, multiple=multiple)
+    if multiple is None:
+        return found
+    return replace(found, multiple=multiple, rearrange=multiple > 1)

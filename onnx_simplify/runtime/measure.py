@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.analysis import Analysis
-from onnx_simplify.channels.values import VARYING, Constants
+from onnx_simplify.channels.operators.spatial import Reduce, Spatial
+from onnx_simplify.channels.values import UNIFORM, VARYING, Constants
 from onnx_simplify.graph.model import Model
 from onnx_simplify.graph.shapes import is_questionable, static_shapes
 from onnx_simplify.runtime.inputs import Feeds
@@ -47,7 +48,10 @@ def measure(analysis: Analysis, runs: Sequence[Feeds]) -> None:
         runs: inputs; the first two of the same sizes and different values, any further ones of
             other sizes.
     """
-    tensors = [t for t in wanted(analysis) if t.name not in analysis.model.input_names]
+    found = {t.name: t for t in wanted(analysis)}
+    chains = _chains(analysis, found)
+    found |= {chain[0].inputs[0].name: chain[0].inputs[0] for chain in chains.values()}
+    tensors = [t for t in found.values() if t.name not in analysis.model.input_names]
     constants = Constants()
     if tensors:
         session = Session(analysis.model, [t.name for t in tensors])
@@ -67,8 +71,48 @@ def measure(analysis: Analysis, runs: Sequence[Feeds]) -> None:
                         constants.record(name, constant & as_expected, values)
                     else:
                         constants.confirm(name, values, same_sizes=number == 1)
+        for name, chain in chains.items():
+            _pass_on(analysis, constants, name, chain)
     analysis.constants = constants
     analysis.propagate_constants()
+
+
+def _chains(analysis: Analysis, names: Collection[str]) -> dict[str, list[gs.Node]]:
+    """For tensors behind a pooling, the nodes that pass their uniform constants on unchanged."""
+    producer = {t.name: n for n in analysis.model.graph.nodes for t in n.outputs if t.name}
+    found = {}
+    for name in names:
+        chain: list[gs.Node] = []
+        node = producer.get(name)
+        while node is not None and analysis.has(node.inputs[0]):
+            zeros = np.zeros(analysis.layouts.of[node.inputs[0].name].shape)
+            if analysis.rule[id(node)].passed(node, analysis, zeros) is None:
+                break
+            chain.insert(0, node)
+            node = producer.get(node.inputs[0].name)
+        if any(isinstance(analysis.rule[id(n)], (Spatial, Reduce)) for n in chain):
+            found[name] = chain
+    return found
+
+
+def _pass_on(
+    analysis: Analysis, constants: Constants, name: str, chain: list[gs.Node]
+) -> None:
+    """Take the constants of a tensor from before the poolings, which round."""
+    source = chain[0].inputs[0].name
+    if source not in constants.low or name not in constants.low:
+        return
+    good = constants.agreement[source] & (analysis.level[source] == UNIFORM)
+    ends = []
+    for values in (constants.low[source], constants.high[source]):
+        passed: np.ndarray | None = np.where(good, values, np.nan)
+        for node in chain:
+            assert passed is not None
+            passed = analysis.rule[id(node)].passed(node, analysis, passed)
+        ends.append(passed)
+    low, high = ends
+    if low is not None and high is not None:
+        constants.adopt(name, low, high, analysis.level[name] == UNIFORM)
 
 
 def _chunks(analysis: Analysis, tensors: list[gs.Tensor], feeds: Feeds) -> list[list[str]]:

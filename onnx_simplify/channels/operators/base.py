@@ -32,6 +32,9 @@ class Operator:
     drops_empty_inputs = False
     """Whether inputs without a single live channel are simply left out (``Concat``)."""
 
+    reorders = False
+    """Whether channels of a node may come in another order, see :func:`merge.can_move`."""
+
     def layout(self, node: gs.Node, layouts: Layouts) -> None:
         """Give the node's outputs their layouts; equate and freeze ids of its inputs.
 
@@ -74,9 +77,29 @@ class Operator:
     def shrink(self, node: gs.Node, cut: Cut) -> None:
         """Rewrite the node after channels of its inputs and outputs have left."""
 
+    def may_reorder(self, node: gs.Node) -> bool:
+        """Whether :meth:`shrink` can also put channels into another order (``Cut.taken``)."""
+        return self.reorders
+
     def wants_values(self, node: gs.Node, analysis: Analysis) -> list[int]:
         """Inputs whose constant values decide something."""
         return []
+
+    def passed(self, node: gs.Node, analysis: Analysis, values: np.ndarray) -> np.ndarray | None:
+        """What uniform constants of the first input become, if they come out as they are.
+
+        Computed from many elements, as means are, a constant can be off by more than rounding of a
+        single operation, and differently for every size.
+
+        Args:
+            node: the node.
+            analysis: the analysis.
+            values: shaped like the layout of the first input.
+
+        Returns:
+            An array shaped like the layout of the output; None if values are computed.
+        """
+        return None
 
     def macs(self, node: gs.Node, shapes: dict[str, list[int]]) -> int:
         """Multiply-accumulate operations for tensors of the given sizes."""

@@ -35,6 +35,8 @@ NAMES = frozenset(
 class Elementwise(Operator):
     """Any broadcasting operator: operands at the same position share their channel."""
 
+    reorders = True
+
     def sizes(self, node: gs.Node, layouts: Layouts) -> list[Dim | None] | None:
         """Where all operands that are not broadcast have the same size, the result has it too."""
         shapes = [layouts.shape(t) for t in node.inputs if t.name]
@@ -109,12 +111,12 @@ class Elementwise(Operator):
 
     def shrink(self, node: gs.Node, cut: Cut) -> None:
         """Slice constant operands."""
-        kept = cut.kept(node.outputs[0])
+        taken = cut.taken(node.outputs[0])
         rank = len(cut.analysis.shape(node.outputs[0]))
         for index, tensor in enumerate(node.inputs):
             if isinstance(tensor, gs.Constant):
                 offset = rank - len(tensor.shape)
-                own = {a - offset: k for a, k in kept.items()
+                own = {a - offset: k for a, k in taken.items()
                        if a >= offset and tensor.shape[a - offset] > 1}
                 cut.slice(node, index, own)
 
@@ -154,6 +156,8 @@ class ChannelAffine(Operator):
 
     https://onnx.ai/onnx/operators/onnx__BatchNormalization.html
     """
+
+    reorders = True
 
     def layout(self, node: gs.Node, layouts: Layouts) -> None:
         """Channels pass through."""
@@ -202,10 +206,11 @@ class ChannelAffine(Operator):
 
     def shrink(self, node: gs.Node, cut: Cut) -> None:
         """Slice the parameters."""
-        kept = cut.kept(node.outputs[0])
-        if 1 in kept:
+        taken = cut.taken(node.outputs[0])
+        if 1 in taken:
             for index in range(1, len(node.inputs)):
-                cut.slice(node, index, {0: kept[1]})
+                cut.slice(node, index, {0: taken[1]})
+
 
 
 class InstanceNormalization(ChannelAffine):

@@ -295,25 +295,45 @@ class Linear(Operator):
         wiring = self.wiring(node)
         groups, outputs, inputs = self.dims(node)
         source, result = self.channels(node, cut.analysis)
-        ins = cut.alive[source].reshape(groups, inputs)
-        outs = cut.alive[result].reshape(groups, outputs)
-        if ins.all() and outs.all():
+        ins, outs = cut.stay(source), cut.stay(result)
+        merger = cut.mergers.get(id(node))
+        if merger is None and _is_all(ins, source.size) and _is_all(outs, result.size):
             return
-        if groups == 1:
+        if groups == 1 and merger is None:
             axis = self.column_axis(node)
-            kept = {axis: ins[0], 1 - axis: outs[0]}
-            cut.slice(node, wiring.weight, {a: m for a, m in kept.items() if not m.all()})
+            sides = (axis, ins, source.size), (1 - axis, outs, result.size)
+            cut.slice(node, wiring.weight, {a: i for a, i, n in sides if not _is_all(i, n)})
         else:
-            stay = ins.any(axis=1)
-            weight = self.weights(node)
-            parts = [weight[g][np.ix_(outs[g], ins[g])] for g in np.flatnonzero(stay)]
-            node.attrs["group"] = int(stay.sum())
-            cut.put(node, wiring.weight, self.from_canonical(node, np.stack(parts)))
+            kept = int(np.unique(ins // inputs).size) if merger is None else merger.groups
+            weight = self._regrouped(self.weights(node), kept, ins, outs)
+            node.attrs["group"] = kept
+            cut.put(node, wiring.weight, self.from_canonical(node, weight))
         if wiring.bias is not None and has_input(node, wiring.bias):
-            self.shrink_bias(node, cut, wiring.bias, outs.ravel())
+            self.shrink_bias(node, cut, wiring.bias, outs)
+
+    def _regrouped(
+        self, weight: np.ndarray, groups: int, ins: np.ndarray, outs: np.ndarray
+    ) -> np.ndarray:
+        """The weights between channels in another order and other groups, in canonical form.
+
+        Args:
+            weight: the canonical weights.
+            groups: the new number of groups.
+            ins: indices of input channels, group by group.
+            outs: indices of output channels, group by group.
+        """
+        columns, rows = ins.reshape(groups, 1, -1), outs.reshape(groups, -1, 1)
+        of_row, of_column = rows // weight.shape[1], columns // weight.shape[2]
+        found = weight[of_row, rows % weight.shape[1], columns % weight.shape[2]]
+        found[of_row != of_column] = 0
+        return found
+
+    def may_reorder(self, node: gs.Node) -> bool:
+        """Rows and columns of the weights go along, unless groups hold several of them."""
+        return int(node.attrs.get("group", 1)) == 1 or self.dims(node)[1:] == (1, 1)
 
     def shrink_bias(self, node: gs.Node, cut: Cut, index: int, keep: np.ndarray) -> None:
-        """Slice the bias, a vector."""
+        """Take some elements of the bias, a vector."""
         cut.put(node, index, node.inputs[index].values[keep])
 
     def wants_values(self, node: gs.Node, analysis: Analysis) -> list[int]:
@@ -377,6 +397,23 @@ class Linear(Operator):
         index = self.wiring(node).weight
         dtype = node.inputs[index].dtype
         put(node, index, self.from_canonical(node, weight).astype(dtype, copy=False))
+
+    def taps(self, node: gs.Node) -> int:
+        """Weights between one input and one output channel."""
+        weight = node.inputs[self.wiring(node).weight]
+        groups, outputs, inputs = self.dims(node)
+        return int(np.prod(weight.shape)) // max(groups * outputs * inputs, 1)
+
+    def positions(self, node: gs.Node, analysis: Analysis) -> tuple[int, int]:
+        """Positions in space of the input and the output, as far as sizes are known."""
+        wiring = self.wiring(node)
+        found = []
+        ends = (node.inputs[wiring.data], wiring.axis_in), (node.outputs[0], wiring.axis_out)
+        for tensor, axis in ends:
+            shape = analysis.shape(tensor)
+            space = [d for k, d in enumerate(shape) if k > axis % len(shape) and isinstance(d, int)]
+            found.append(int(np.prod(space)))
+        return found[0], found[1]
 
     def macs(self, node: gs.Node, shapes: dict[str, list[int]]) -> int:
         """One multiply-accumulate per weight and output position."""
@@ -501,7 +538,7 @@ class Gemm(Linear):
         return 1 if node.attrs.get("transB", 0) else 0
 
     def shrink_bias(self, node: gs.Node, cut: Cut, index: int, keep: np.ndarray) -> None:
-        """Slice C along its last axis unless it is broadcast there."""
+        """Take positions of C along its last axis unless it is broadcast there."""
         values = node.inputs[index].values
         if values.ndim and values.shape[-1] > 1:
             cut.put(node, index, values[..., keep])
@@ -568,6 +605,11 @@ class MatMul(Linear):
         )
 
 
+def _is_all(index: np.ndarray, size: int) -> bool:
+    """Whether all positions stay, in order."""
+    return index.size == size and bool((np.diff(index) == 1).all())
+
+
 def _any_used(used: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """For each group and output, whether it uses one of the columns (bool ``[groups, inputs]``)."""
     return np.stack([_any_along(u.T, c) for u, c in zip(used, columns, strict=True)])
@@ -579,5 +621,9 @@ def _any_along(array: np.ndarray, mask: np.ndarray) -> np.ndarray:
     found = np.asarray(array[rows[:_FIRST]].any(axis=0))
     if rows.size > _FIRST and not found.all():
         rest = np.flatnonzero(~found)
-        found[rest] = array[np.ix_(rows[_FIRST:], rest)].any(axis=0)
+        if array.flags.f_contiguous and rest.size * 4 > found.size:
+            # Reading all of it in order is faster than picking from it.
+            found = (array.T & mask).any(axis=1)
+        else:
+            found[rest] = array[np.ix_(rows[_FIRST:], rest)].any(axis=0)
     return found

@@ -34,6 +34,8 @@ class Spatial(Operator):
     depends on the position or the size (:meth:`spread_axes`).
     """
 
+    reorders = True
+
     def keeps_uniform(self, node: gs.Node, analysis: Analysis) -> bool:
         """Whether a channel with one value everywhere comes out with one value everywhere."""
         return True
@@ -80,6 +82,11 @@ class Spatial(Operator):
         assert outputs[0] is not None
         shape = analysis.layouts.of[node.inputs[0].name].shape
         return [np.broadcast_to(outputs[0], shape), *analysis.all_of(node.inputs[1:])]
+
+    def passed(self, node: gs.Node, analysis: Analysis, values: np.ndarray) -> np.ndarray | None:
+        """Means, maxima and interpolations of equal numbers are that number."""
+        same = values.shape == analysis.layouts.of[node.outputs[0].name].shape
+        return values if same and node.op != "LpPool" else None
 
     def wants_values(self, node: gs.Node, analysis: Analysis) -> list[int]:
         """Zeros are special where padding brings in zeros."""
@@ -153,6 +160,8 @@ class Resize(Spatial):
 
 class Pad(Operator):
     """``Pad`` with known amounts (https://onnx.ai/onnx/operators/onnx__Pad.html)."""
+
+    reorders = True
 
     def amounts(self, node: gs.Node, layouts: Layouts) -> list[tuple[int, int]] | None:
         """(before, after) by axis; None when they are computed."""
@@ -245,6 +254,8 @@ class Reduce(Operator):
     https://onnx.ai/onnx/operators/onnx__ReduceMean.html
     """
 
+    reorders = True
+
     def axes(self, node: gs.Node, layouts: Layouts) -> list[int]:
         """The reduced axes.
 
@@ -284,6 +295,12 @@ class Reduce(Operator):
             zero = analysis.zero(node.inputs[0], shape) & (node.op in _ZERO_REDUCTIONS)
             level = np.where(zero & (level > VARYING), level, VARYING)
         return [self._fit(node, analysis.layouts, level)]
+
+    def passed(self, node: gs.Node, analysis: Analysis, values: np.ndarray) -> np.ndarray | None:
+        """Means and extrema of equal numbers are that number."""
+        if node.op not in ("ReduceMean", "ReduceMax", "ReduceMin"):
+            return None
+        return self._fit(node, analysis.layouts, values)
 
     def wants_values(self, node: gs.Node, analysis: Analysis) -> list[int]:
         """Zeros add up to zero, however many."""

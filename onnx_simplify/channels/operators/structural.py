@@ -114,6 +114,15 @@ class Structural(Operator):
         return masks
 
 
+    def passed(self, node: gs.Node, analysis: Analysis, values: np.ndarray) -> np.ndarray | None:
+        """Elements move as they are."""
+        if not self.reorders:
+            return None
+        (moved,) = self.move(node, analysis.layouts, [values])
+        same = moved.shape == analysis.layouts.of[node.outputs[0].name].shape
+        return moved if same else None
+
+
 def _full(array: np.ndarray, shape: list[Dim], axes: list[int] | range) -> np.ndarray:
     """Repeat an array along untracked axes up to their static size."""
     target = list(array.shape)
@@ -130,6 +139,8 @@ class Reshape(Structural):
 
     https://onnx.ai/onnx/operators/onnx__Reshape.html
     """
+
+    reorders = True
 
     def target(self, node: gs.Node, layouts: Layouts) -> list[Dim]:
         """The output's symbolic shape."""
@@ -181,6 +192,8 @@ class Reshape(Structural):
 class Transpose(Structural):
     """``Transpose`` (https://onnx.ai/onnx/operators/onnx__Transpose.html)."""
 
+    reorders = True
+
     def move(self, node: gs.Node, layouts: Layouts, arrays: list[np.ndarray]) -> list[np.ndarray]:
         """Permute the axes."""
         default = list(range(arrays[0].ndim))[::-1]
@@ -189,6 +202,8 @@ class Transpose(Structural):
 
 class Squeeze(Structural):
     """``Squeeze`` and ``Unsqueeze``: insert or remove axes of size one."""
+
+    reorders = True
 
     def move(self, node: gs.Node, layouts: Layouts, arrays: list[np.ndarray]) -> list[np.ndarray]:
         """Drop or add axes."""
