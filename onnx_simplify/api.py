@@ -66,6 +66,7 @@ def simplify(
     target: str | None = None,
     channel_multiple: int | None = None,
     benchmark: bool = False,
+    tune: bool = False,
     threads: int = 1,
 ) -> tuple[ModelProto, Report]:
     """Make a model as small and fast as its pruned channels allow.
@@ -85,8 +86,11 @@ def simplify(
         target: planner profile, ``avx2``, ``avx512`` or ``generic``; by default this machine's.
         channel_multiple: keep dead channels so that channel counts of convolutions are multiples
             of this; by default the profile's (1: keep none).
-        benchmark: time the original and the result, see ``Report.benchmark``.
-        threads: onnxruntime threads for the benchmark.
+        benchmark: time the original and the result, see ``Report.benchmark``; a result that turns
+            out slower gives way to the original, merely cleaned.
+        tune: try out other plans than the cost model's as well, and take the fastest, see
+            ``Report.plans``.
+        threads: onnxruntime threads for the timings.
 
     Returns:
         The simplified model and the report.
@@ -109,6 +113,7 @@ def simplify(
         target=checked_target(target),
         channel_multiple=channel_multiple,
         benchmark=benchmark,
+        tune=tune,
         threads=threads,
     )
     result, report = pipeline.run(load(model), options)

@@ -10,7 +10,7 @@ import shutil
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -27,6 +27,7 @@ from onnx_simplify.graph.store import check_writable, save, write_text
 from onnx_simplify.pipeline import PASSES, Options
 from onnx_simplify.planning.profiles import PROFILES
 from onnx_simplify.report import Report
+from onnx_simplify.runtime.benchmark import Timing
 from onnx_simplify.version import __version__
 
 _EPILOG = """exit codes:
@@ -108,9 +109,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--check", metavar="N", type=_positive_int, default=2,
         help="random inputs to compare (default: 2; other sizes come on top)")
     add("--benchmark", action="store_true",
-        help="time the original and the result in onnxruntime, interleaved")
+        help="time the original and the result in onnxruntime, interleaved; if the result is "
+        "slower, remove nothing")
+    add("--tune", action="store_true",
+        help="time several plans on this machine and take the fastest")
     add("--threads", metavar="N", type=_positive_int, default=1,
-        help="onnxruntime threads for --benchmark (default: 1)")
+        help="onnxruntime threads for --benchmark and --tune (default: 1)")
     add("--target", choices=["auto", *PROFILES], default="auto",
         help="processor to plan for (default: this machine)")
     add("--channel-multiple", metavar="N", type=_positive_int,
@@ -178,6 +182,7 @@ def _run(arguments: argparse.Namespace) -> int:
             target=arguments.target,
             channel_multiple=arguments.channel_multiple,
             benchmark=arguments.benchmark,
+            tune=arguments.tune,
             threads=arguments.threads,
             progress=progress,
         )
@@ -282,6 +287,8 @@ def _print_summary(console: Console, report: Report) -> None:
             "",
         )
     console.print(table)
+    if report.plans is not None and len(report.plans) > 1:
+        _print_plans(console, report.plans, report.plan)
     _print_notes(console, report)
     found = report.verification
     if found is None:
@@ -291,6 +298,16 @@ def _print_summary(console: Console, report: Report) -> None:
             f"verified on {found.runs} inputs: worst relative error {found.worst:.1e} "
             f"(allowed {found.tolerance:.0e})"
         )
+
+
+def _print_plans(console: Console, plans: Mapping[str, Timing], chosen: str) -> None:
+    table = Table(box=box.SIMPLE_HEAD)
+    for title in ("plan", "time (ms, median)", "quartiles"):
+        table.add_column(title, justify="left" if title == "plan" else "right")
+    for name, time in plans.items():
+        mark = " (taken)" if name == chosen else ""
+        table.add_row(f"{name}{mark}", f"{time.median:.3f}", f"{time.low:.3f}..{time.high:.3f}")
+    console.print(table)
 
 
 def _print_notes(console: Console, report: Report) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -22,9 +23,17 @@ from onnx_simplify.passes.propagate_bias import propagate_bias
 from onnx_simplify.passes.reblock_maps import reblock_maps
 from onnx_simplify.passes.remove_zeroed import remove_zeroed
 from onnx_simplify.planning.planner import Planner
-from onnx_simplify.planning.profiles import profile
-from onnx_simplify.report import Opaque, Report, add_findings, figures, ideal_macs, layers
-from onnx_simplify.runtime.benchmark import time_models
+from onnx_simplify.planning.profiles import Profile, alternatives, profile
+from onnx_simplify.report import (
+    Figures,
+    Opaque,
+    Report,
+    add_findings,
+    figures,
+    ideal_macs,
+    layers,
+)
+from onnx_simplify.runtime.benchmark import Timing, time_models
 from onnx_simplify.runtime.inputs import candidate_sizes, input_specs
 from onnx_simplify.runtime.measure import settle_disputes
 from onnx_simplify.runtime.verify import Reference
@@ -33,6 +42,8 @@ PASSES = ("fold_batchnorm", "propagate_bias", "remove_zeroed")
 
 # So often the passes run at most; almost always one turn is all it takes.
 _TURNS = 4
+# A plan that is faster than the cost model's by less than this is not.
+_NOISE = 0.01
 _HALF_PRECISION = ("float16", "bfloat16")
 
 
@@ -51,6 +62,7 @@ class Options:
     target: str | None = None
     channel_multiple: int | None = None
     benchmark: bool = False
+    tune: bool = False
     threads: int = 1
     progress: Callable[[str], None] | None = None
 
@@ -73,50 +85,166 @@ def run(original: Model, options: Options) -> tuple[Model, Report]:
     """
     start = time.perf_counter()
     step = options.progress or (lambda text: None)
-    planner = Planner(profile(options.target, options.channel_multiple))
-    half = is_half(original)
+    target = profile(options.target, options.channel_multiple)
     step("running the original")
     reference, trouble = _reference(original, options)
     original.release()
-    shapes = _shapes(original, options, reference)
-    model = original.copy()
-    model.pin(options.pinned)
-    before = figures(original, shapes)
-    before.bytes = original.source_bytes or before.bytes
-    report = Report(before=before, after=before)
-    report.input_shapes = shapes
-    report.target = planner.profile.name
-    if original.stand_in:
-        report.notes.append(
-            "run in float32: onnxruntime's CPU kernels do not cover this model's types"
-        )
-    if trouble is not None:
-        report.notes.append(f"constants were not looked for: {trouble}")
+    task = _Task(original, options, reference, trouble, step)
     step("analysing")
-    simplify_in_place(model, planner, reference, report, options, step)
-    report.after = figures(model, shapes)
-    original.release()
-    if reference is not None and options.verify:
-        step("verifying")
-        found = report.verification = reference.compare(model, options.rtol, half=half)
-        if not found.passed:
-            if half and "fold_batchnorm" not in options.skip:
-                # Folding rounds the weights once more, which half precision may not forgive.
-                skip = {*options.skip, "fold_batchnorm"}
-                model, report = run(original, replace(options, skip=skip))
-                report.notes.append("BatchNormalization left alone: folding it costs precision")
-                return model, report
-            raise VerificationError(f"verification failed, nothing written: {found.reason}")
+    try:
+        model, report = task.carry_out(target)
+    except VerificationError:
+        if not is_half(original) or "fold_batchnorm" in options.skip:
+            raise
+        # Folding rounds the weights once more, which half precision may not forgive.
+        skip = {*options.skip, "fold_batchnorm"}
+        model, report = run(original, replace(options, skip=skip))
+        report.notes.append("BatchNormalization left alone: folding it costs precision")
+        return model, report
+    if report.after.bytes > report.before.bytes:
+        model, report = task.smallest(target, model, report)
+    if (options.benchmark or options.tune) and reference is not None:
+        model, report = task.fastest(target, model, report)
     report.seconds = time.perf_counter() - start
-    if options.benchmark and reference is not None:
-        step("benchmarking")
-        report.benchmark = time_models(
-            {"dense": original, "simplified": model},
-            reference.runs[0].feeds,
-            threads=options.threads,
-            progress=lambda done, total: step(f"benchmarking: round {done} of {total}"),
-        )
     return model, report
+
+
+@dataclass
+class _Task:
+    """A model to simplify according to one plan or several."""
+
+    original: Model
+    options: Options
+    reference: Reference | None
+    trouble: str | None
+    step: Callable[[str], None]
+
+    @cached_property
+    def shapes(self) -> dict[str, list[int]]:
+        """Shapes to count MACs for."""
+        return _shapes(self.original, self.options, self.reference)
+
+    @cached_property
+    def before(self) -> Figures:
+        """Figures of the original."""
+        found = figures(self.original, self.shapes)
+        found.bytes = self.original.source_bytes or found.bytes
+        return found
+
+    def carry_out(self, plan: Profile, skip: Collection[str] = ()) -> tuple[Model, Report]:
+        """Simplify and verify.
+
+        Args:
+            plan: what the planner decides by.
+            skip: passes to leave out besides those of the options.
+
+        Raises:
+            VerificationError: the result differs.
+        """
+        options = replace(self.options, skip={*self.options.skip, *skip})
+        model = self.original.copy()
+        model.pin(options.pinned)
+        report = Report(before=self.before, after=self.before)
+        report.input_shapes = self.shapes
+        report.target = plan.name
+        if self.original.stand_in:
+            report.notes.append(
+                "run in float32: onnxruntime's CPU kernels do not cover this model's types"
+            )
+        if self.trouble is not None:
+            report.notes.append(f"constants were not looked for: {self.trouble}")
+        simplify_in_place(model, Planner(plan), self.reference, report, options, self.step)
+        report.after = figures(model, self.shapes)
+        self.original.release()
+        if self.reference is not None and options.verify:
+            self.step("verifying")
+            half = is_half(self.original)
+            found = report.verification = self.reference.compare(model, options.rtol, half=half)
+            if not found.passed:
+                raise VerificationError(f"verification failed, nothing written: {found.reason}")
+        return model, report
+
+    def smallest(self, target: Profile, model: Model, report: Report) -> tuple[Model, Report]:
+        """Look for a plan whose result is no larger than the original, if there is one.
+
+        Maps and merged groups can outweigh what is removed from a very small model.
+
+        Args:
+            target: what the first result was planned by.
+            model: the first result.
+            report: its report.
+        """
+        made = {"planned": (model, report)}
+        plain = replace(target, rearrange=False)
+        self._try(made, "plain", plain)
+        self._try(made, "stand-ins", replace(plain, map_cost=float("inf")))
+        self._try(made, "cleaned", target, PASSES)
+        sizes = {name: found.after.bytes for name, (_, found) in made.items()}
+        fitting = [name for name, size in sizes.items() if size <= report.before.bytes]
+        chosen = fitting[0] if fitting else min(sizes, key=sizes.__getitem__)
+        model, report = made[chosen]
+        report.plan = chosen
+        return model, report
+
+    def fastest(self, target: Profile, model: Model, report: Report) -> tuple[Model, Report]:
+        """Time the result, with ``tune`` those of other plans as well, and choose.
+
+        A result that is slower than the original, beyond noise, gives way to the original, merely
+        cleaned.
+
+        Args:
+            target: what the first result was planned by.
+            model: the first result.
+            report: its report.
+        """
+        made = {report.plan: (model, report)}
+        if self.options.tune:
+            for name, plan in alternatives(target).items():
+                self._try(made, name, plan)
+            self._try(made, "cleaned", target, PASSES)
+        times = self._time(made)
+        first = report.plan
+        if times[first].low > times["dense"].high and "cleaned" not in made:
+            self._try(made, "cleaned", target, PASSES)
+            times = self._time(made)
+        chosen = min(made, key=lambda name: times[name].median)
+        if times[first].median <= times[chosen].median * (1 + _NOISE):
+            chosen = first
+        if times[chosen].low > times["dense"].high and "cleaned" in made:
+            chosen = "cleaned"
+        model, report = made[chosen]
+        report.plan = chosen
+        report.plans = {name: times[name] for name in made}
+        report.benchmark = {"dense": times["dense"], "simplified": times[chosen]}
+        if chosen == "cleaned":
+            report.notes.append("nothing was removed: on this machine that would not be faster")
+        return model, report
+
+    def _try(
+        self,
+        made: dict[str, tuple[Model, Report]],
+        name: str,
+        plan: Profile,
+        skip: Collection[str] = (),
+    ) -> None:
+        """Add the result of a plan, if it verifies and no other plan gave the same."""
+        self.step(f"trying plan '{name}'")
+        try:
+            model, report = self.carry_out(plan, skip)
+        except VerificationError:
+            return
+        if all(report.after != other.after for _, other in made.values()):
+            made[name] = model, report
+
+    def _time(self, made: Mapping[str, tuple[Model, Report]]) -> dict[str, Timing]:
+        assert self.reference is not None
+        self.step("benchmarking")
+        return time_models(
+            {"dense": self.original, **{name: model for name, (model, _) in made.items()}},
+            self.reference.runs[0].feeds,
+            threads=self.options.threads,
+            progress=lambda done, total: self.step(f"benchmarking: round {done} of {total}"),
+        )
 
 
 def simplify_in_place(
@@ -175,6 +303,8 @@ def simplify_in_place(
         if present <= {id(n) for n in model.graph.nodes}:
             break
         # Where nodes are gone, others may have become neighbours, or constant.
+    # A second run gives what it stores anew the same names.
+    model.free_names()
     absorb_gathers(model, planner)
     reblock_maps(model, planner.profile)
     compress_maps(model)

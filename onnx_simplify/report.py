@@ -95,6 +95,10 @@ class Report:
         opaque: nodes whose channels were left alone, and why.
         input_shapes: shapes of the inputs that MACs are counted for.
         target: name of the planner's profile.
+        plan: which plan the result follows, ``planned`` by the cost model or one that turned out to
+            be better, see :func:`onnx_simplify.planning.profiles.alternatives`; ``cleaned`` where
+            nothing was removed.
+        plans: timings of all plans that were tried out, by name; None unless asked for.
         verification: result of the comparison; None when it was not made.
         benchmark: timings of ``dense`` and ``simplified`` in milliseconds; None unless asked for.
         seconds: time taken by simplification and verification.
@@ -109,6 +113,8 @@ class Report:
     opaque: list[Opaque] = field(default_factory=list)
     input_shapes: dict[str, list[int]] = field(default_factory=dict)
     target: str = ""
+    plan: str = "planned"
+    plans: dict[str, Timing] | None = None
     verification: Verification | None = None
     benchmark: dict[str, Timing] | None = None
     seconds: float = 0.0

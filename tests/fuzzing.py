@@ -20,7 +20,7 @@ JUMPS = frozenset(("Greater", "Less", "GreaterOrEqual", "LessOrEqual", "Equal", 
 STEEP = frozenset(("InstanceNormalization", "LayerNormalization"))
 # Splits sums, merges groups and reorders channels wherever it can.
 KEEN = profiles.Profile(
-    "keen", 2, 2, mac_cost=1, load_cost=0, plain_mac_cost=3, channel_cost=0, node_cost=0
+    "keen", 2, 2, mac_cost=1, load_cost=0, plain_mac_cost=3, map_start_cost=0, node_cost=0
 )
 
 

@@ -47,7 +47,7 @@ def two_layers(middle, *, shape=("n", 3, "h", "w"), second=None, opset=17, dead=
     """Conv of 8 filters, three of them pruned with a live bias, then ``middle``, then Conv."""
     g = Graph(opset=opset)
     x = g.input("x", list(shape))
-    first = g.conv(x, pruned(g.normal(8, 3, 3, 3), dead), g.normal(8), pads=[1] * 4)
+    first = g.conv(x, pruned(g.normal(8, shape[1], 3, 3), dead), g.normal(8), pads=[1] * 4)
     y = middle(g, first)
     out = g.conv(y, g.normal(4, second or 8, 1, 1), g.normal(4))
     g.output(out)
@@ -128,6 +128,12 @@ STATIC = {
         lambda g, y: g.op("Pad", y, np.array([0, 0, 1, 1] * 2), number(1)),
         5,
     ),
+    "average with padding": (
+        lambda g, y: g.op(
+            "AveragePool", y, kernel_shape=[3, 3], pads=[1] * 4, count_include_pad=1
+        ),
+        5,
+    ),
 }
 
 
@@ -135,7 +141,8 @@ STATIC = {
 def test_structure_with_static_sizes(name):
     middle, kept = STATIC[name]
     second = {"gather": 5, "step": 4, "space to depth": 32}.get(name)
-    model = two_layers(middle, shape=("n", 3, 6, 6), second=second)
+    # Wide enough for a map to be worth less than what it replaces.
+    model = two_layers(middle, shape=("n", 24, 6, 6), second=second)
     result = simplified(model, {"n": 1}, {"n": 4})
     assert weight_shape(result, "Conv")[0] == kept
 

@@ -10,7 +10,7 @@ from onnx import ModelProto
 
 from build import Graph, assert_same_function, count, node, pruned, random_feeds
 from fuzzing import KEEN
-from onnx_simplify import simplify
+from onnx_simplify import pipeline, simplify
 from onnx_simplify.graph.model import load
 from onnx_simplify.passes.absorb_gathers import absorb_gathers
 from onnx_simplify.passes.clean import clean
@@ -19,6 +19,8 @@ from onnx_simplify.planning.costs import Layer, convolution, is_blocked
 from onnx_simplify.planning.grouping import pack
 from onnx_simplify.planning.planner import Planner
 from onnx_simplify.planning.streams import balance
+from onnx_simplify.runtime.benchmark import Timing
+from onnx_simplify.runtime.verify import Reference
 
 AVX512 = profiles.PROFILES["avx512"]
 
@@ -134,13 +136,15 @@ def test_channels_that_somebody_counts_on_keep_their_order(keen, hindrance):
     assert_same_function(model, result, random_feeds(model))
 
 
-def grouped(counts_in: list[int], counts_out: list[int], each: int = 8) -> ModelProto:
+def grouped(
+    counts_in: list[int], counts_out: list[int], each: int = 8, inputs: int = 6
+) -> ModelProto:
     """1x1 -> grouped 3x3 -> 1x1, with so many live channels in each group."""
     g = Graph(seed=5)
     groups = len(counts_in)
     wide = groups * each
-    x = g.input("x", [1, 6, 28, 28])
-    first, weight = g.normal(wide, 6, 1, 1), g.normal(wide, each, 3, 3)
+    x = g.input("x", [1, inputs, 28, 28])
+    first, weight = g.normal(wide, inputs, 1, 1), g.normal(wide, each, 3, 3)
     for index, (ins, outs) in enumerate(zip(counts_in, counts_out, strict=True)):
         first = pruned(first, index * each + g.rng.permutation(each)[ins:])
         weight = pruned(weight, index * each + g.rng.permutation(each)[outs:])
@@ -155,7 +159,7 @@ def test_groups_merge_into_blocks(monkeypatch):
     # Trimmed, six of seven groups would be 7 wide because one is, outside of the blocked kernels;
     # together they fill two groups of a block of 16. The dead one is gone.
     monkeypatch.setattr(profiles, "detect", lambda: AVX512)
-    model = grouped([7, 3, 5, 4, 0, 6, 4], [5, 4, 6, 5, 0, 5, 5])
+    model = grouped([7, 3, 5, 4, 0, 6, 4], [5, 4, 6, 5, 0, 5, 5], inputs=256)
     result, report = simplify(model)
     assert_same_function(model, result, random_feeds(model))
     conv = node(result, "grouped")
@@ -269,10 +273,10 @@ def test_gathers_of_other_things_stay():
 def mapped(last: str) -> ModelProto:
     """A padded convolution that reads constants, and something behind it."""
     g = Graph(seed=4)
-    x = g.input("x", [1, 8, 40, 40])
-    y = g.conv(x, pruned(g.normal(32, 8, 1, 1), range(0, 32, 2)), g.normal(32))
+    x = g.input("x", [1, 32, 40, 40])
+    y = g.conv(x, pruned(g.normal(32, 32, 3, 3), range(0, 32, 2)), g.normal(32), pads=[1] * 4)
     y = g.conv(g.op("Relu", y), g.normal(16, 32, 3, 3), g.normal(16), pads=[1] * 4)
-    z = g.conv(x, g.normal(16, 8, 1, 1), g.normal(16))
+    z = g.conv(x, g.normal(16, 32, 1, 1), g.normal(16))
     y = g.op("Concat", y, z, axis=1) if last == "Concat" else y
     y = g.op("Relu", y) if last == "Relu" else y
     y = g.op("Add", y, z) if last == "Add" else y
@@ -299,7 +303,7 @@ def test_maps_return_to_the_blocked_layout(last, target, expected):
     depthwise = [a.i for n in result.graph.node for a in n.attribute if a.name == "group"]
     assert depthwise.count(16) == expected
     again, _ = simplify(result, target=target)
-    assert len(again.graph.node) == len(result.graph.node)
+    assert count(again, "Conv") == count(result, "Conv")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -328,3 +332,83 @@ def test_costs_grow_with_the_work():
     ):
         for profile in profiles.PROFILES.values():
             assert convolution(profile, more) > convolution(profile, base)
+
+
+# ------------------------------------------------------------------------------------------------
+# Measurements decide
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Let the benchmark report what a test wants: milliseconds by name."""
+
+    def set_times(**times: float) -> list[str]:
+        seen: list[str] = []
+
+        def time_models(models, feeds, **options):
+            seen.extend(models)
+            found = {name: times.get(name.replace("-", "_"), 5.0) for name in models}
+            return {n: Timing(t, t * 0.99, t * 1.01, 15) for n, t in found.items()}
+
+        monkeypatch.setattr(pipeline, "time_models", time_models)
+        return seen
+
+    return set_times
+
+
+def test_the_fastest_plan_is_taken(clock):
+    model = residual(0, blocks=2)
+    clock(dense=4, planned=3, plain=2.5, fewest=2)
+    result, report = simplify(model, target="avx512", tune=True)
+    assert report.plan == "fewest" and report.speedup == 2
+    assert {"planned", "fewest", "cleaned"} <= set(report.plans)
+    assert report.benchmark["simplified"] == report.plans["fewest"]
+    assert_same_function(model, result, random_feeds(model))
+    other, _ = simplify(model, target="avx512", channel_multiple=1)
+    assert result.SerializeToString() == other.SerializeToString()
+
+
+def test_what_is_not_clearly_faster_is_not_taken(clock):
+    clock(dense=4, planned=3, fewest=2.98)
+    assert simplify(residual(0, blocks=2), tune=True)[1].plan == "planned"
+
+
+def test_a_slower_result_is_not_shipped(clock):
+    model = residual(0, blocks=2)
+    seen = clock(dense=4, planned=4.2, cleaned=4)
+    result, report = simplify(model, benchmark=True)
+    assert report.plan == "cleaned" and report.channels_removed == 0 and report.notes
+    assert "fewest" not in seen
+    assert_same_function(model, result, random_feeds(model))
+    # Within noise it may be.
+    clock(dense=4, planned=4.05)
+    assert simplify(model, benchmark=True)[1].plan == "planned"
+
+
+def test_a_plan_that_does_not_verify_is_left_out(clock, monkeypatch):
+    clock(dense=4, planned=3, fewest=2)
+    compare = Reference.compare
+    calls = []
+
+    def fail(self, *arguments, **options):
+        calls.append(1)
+        found = compare(self, *arguments, **options)
+        found.passed = len(calls) == 1
+        return found
+
+    monkeypatch.setattr(Reference, "compare", fail)
+    report = simplify(residual(0, blocks=2), tune=True)[1]
+    assert report.plan == "planned" and list(report.plans) == ["planned"]
+
+
+def test_files_never_grow():
+    # Four channels less, but a map of 4 x 10 x 10 more.
+    g = Graph()
+    x = g.input("x", [1, 2, 8, 8])
+    y = g.conv(x, pruned(g.normal(8, 2, 1, 1), range(4)), g.normal(8))
+    y = g.op("Pad", y, np.array([0, 0, 1, 1] * 2), np.array(1, np.float32))
+    g.output(g.conv(y, g.normal(4, 8, 1, 1), g.normal(4)))
+    model = g.model()
+    result, report = simplify(model)
+    assert result.ByteSize() <= model.ByteSize() and report.plan != "planned"
+    assert_same_function(model, result, random_feeds(model))

@@ -94,9 +94,10 @@ class Constants:
             name: the tensor.
             low: smallest values, shaped like the layout; NaN where nothing is known.
             high: largest values.
-            where: positions that are uniform.
+            where: positions said to be uniform.
         """
-        where = where & np.isfinite(low) & np.isfinite(high) & self.agreement[name]
+        # Levels are optimistic before anything is measured: a map may pass for uniform.
+        where = where & self.agreement[name] & _uniform(low, high, _LOOSE)
         slack = _MEAN * np.maximum(np.abs(low), np.abs(high))
         close = (np.abs(self.low[name] - low) <= slack) & (np.abs(self.high[name] - high) <= slack)
         self.low[name] = np.where(where, low, self.low[name])

@@ -103,10 +103,9 @@ class Model:
         self._value_infos = {v.name: v for v in self.template.graph.value_info}
         for field in ("node", "initializer", "value_info"):
             self.template.graph.ClearField(field)
-        self._names = {t for n in self.graph.nodes for t in _node_names(n)}
-        self._names |= {t.name for t in self.graph.inputs + self.graph.outputs}
-        self._names |= captured
-        self._names |= {n for m in nodes if _has_body(m) for n in _body_names(m)}
+        self._reserved = captured | {n for m in nodes if _has_body(m) for n in _body_names(m)}
+        self._names: set[str] = set()
+        self.free_names()
         self.kept_names = frozenset(captured | {t.name for t in self.graph.outputs})
         self.pinned: set[str] = set()
         self.mapped: list[mmap.mmap] = []
@@ -120,6 +119,11 @@ class Model:
         return next(
             (o.version for o in self.template.opset_import if o.domain in ("", "ai.onnx")), 0
         )
+
+    def free_names(self) -> None:
+        """Let names be used again that no tensor or node has any more."""
+        self._names = {t for n in self.graph.nodes for t in _node_names(n)} | self._reserved
+        self._names |= {t.name for t in self.graph.inputs + self.graph.outputs}
 
     def unique(self, hint: str) -> str:
         """A tensor or node name, derived from ``hint``, that the graph does not use yet."""

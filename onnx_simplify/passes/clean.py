@@ -65,18 +65,16 @@ def _is_identity(node: gs.Node) -> bool:
 
 
 def _is_identity_convolution(node: gs.Node) -> bool:
-    """A 1x1 convolution with the identity matrix, or with a factor of one for each channel."""
+    """A 1x1 convolution with the identity matrix."""
     weight = node.inputs[1]
     if not isinstance(weight, gs.Constant) or len(node.inputs) > 2 and node.inputs[2].name:
         return False
-    groups = int(node.attrs.get("group", 1))
     channels, inputs, *kernel = weight.shape
-    if any(k != 1 for k in kernel) or channels != groups * inputs or 1 < groups < channels:
+    if any(k != 1 for k in kernel) or channels != inputs or node.attrs.get("group", 1) != 1:
         return False
     if any(v != 1 for v in node.attrs.get("strides", ())) or any(node.attrs.get("pads", ())):
         return False
-    values = weight.values.reshape(channels, inputs)
-    return bool((values == (np.eye(channels) if groups == 1 else 1)).all())
+    return bool((weight.values.reshape(channels, channels) == np.eye(channels)).all())
 
 
 def _constants(model: Model) -> None:

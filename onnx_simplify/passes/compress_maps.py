@@ -10,6 +10,8 @@ onnxruntime computes the two ``Gather`` once, when it loads the model.
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import onnx_graphsurgeon as gs
 
@@ -39,6 +41,7 @@ def compress_maps(model: Model) -> None:
 def _compressed(model: Model, editor: Editor, node: gs.Node, tensor: gs.Constant) -> gs.Tensor:
     """The tensor, or what computes it from its distinct rows and columns."""
     values = tensor.values
+    hint = re.sub(r"_\d+$", "", tensor.name)
     steps = []
     for axis in range(2, values.ndim):
         rows = np.moveaxis(values, axis, 0)
@@ -50,14 +53,14 @@ def _compressed(model: Model, editor: Editor, node: gs.Node, tensor: gs.Constant
             steps.append((axis, np.cumsum(new) - 1))
     if values.nbytes + sum(i.nbytes for _, i in steps) > tensor.values.nbytes // 2:
         return tensor
-    result: gs.Tensor = model.constant(f"{tensor.name}_distinct", values)
+    result: gs.Tensor = model.constant(f"{hint}_distinct", values)
     for axis, indices in steps:
-        gathered = gs.Variable(model.unique(tensor.name), tensor.dtype)
+        gathered = gs.Variable(model.unique(hint), tensor.dtype)
         editor.before(
             node,
             gs.Node(
                 op="Gather",
-                name=model.unique(f"{tensor.name}_expand"),
+                name=model.unique(f"{hint}_expand"),
                 attrs={"axis": axis},
                 inputs=[result, model.constant("indices", indices.astype(np.int64))],
                 outputs=[gathered],

@@ -81,9 +81,7 @@ def propagate_bias(
         analysis = _measured(model, runs)
         readers = _readers(analysis, only_zeros)
         alive = _alive_after(analysis, readers)
-    # Groups that will merge keep nothing to be as wide as the widest.
-    mergers = planner.merge_groups(analysis, alive)
-    _absorb(analysis, planner, readers, analysis.close(alive, free=mergers))
+    _absorb(analysis, planner, readers, alive)
 
 
 def _measured(model: Model, runs: Sequence[Feeds], splitter: Planner | None = None) -> Analysis:
@@ -261,26 +259,43 @@ class _Reader:
         return self.scalar | self.padded | self.mapped
 
 
-def _alive_after(analysis: Analysis, readers: list[_Reader]) -> np.ndarray:
-    """Labels that stay if everything that can be absorbed is."""
+def _alive_after(
+    analysis: Analysis, readers: list[_Reader], *, decided: bool = False
+) -> np.ndarray:
+    """Labels that stay if everything that can be absorbed is, or all that it was decided to."""
     absorbed = {}
     for reader in readers:
         wiring = reader.rule.wiring(reader.node)
         layout = analysis.layouts.of[reader.node.inputs[wiring.data].name]
         axis = wiring.axis_in % layout.ndim
         shape = [-1 if a == axis else 1 for a in range(layout.ndim)]
-        absorbed[id(reader.node), wiring.data] = reader.candidates.reshape(shape)
+        mask = reader.absorb if decided else reader.candidates
+        absorbed[id(reader.node), wiring.data] = mask.reshape(shape)
     return analysis.alive(analysis.need(absorbed))
 
 
 def _absorb(
     analysis: Analysis, planner: Planner, readers: list[_Reader], alive: np.ndarray
 ) -> None:
-    """Absorb what makes channels removable; ``alive`` is modified."""
+    """Absorb what makes channels removable.
+
+    Args:
+        analysis: the analysis.
+        planner: chooses among the ways to absorb.
+        readers: all readers of constants.
+        alive: labels that stay if everything is absorbed.
+    """
+    # Groups that will merge keep nothing to be as wide as the widest.
+    mergers = planner.merge_groups(analysis, alive)
+    alive = analysis.close(alive, free=mergers)
     choice = _Choice(analysis, planner, alive)
     # Backwards: a channel that stays for a later reader need not be absorbed by an earlier one.
     for reader in reversed(readers):
         _decide(choice, reader)
+    if any(reader.stand_ins for reader in readers):
+        # So does what channels are computed from that stay to stand for others.
+        needed = _alive_after(analysis, readers, decided=True)
+        alive = alive | analysis.close(needed, free=mergers)
     editor = Editor(analysis.model, analysis.layouts.readers)
     for reader in readers:
         _rewrite(analysis, editor, reader, alive)

@@ -4,10 +4,10 @@ A convolution of ordinary or depthwise kind is computed in blocks of channels (N
 counts allow it (``MlasNchwcConv``); all others unfold their input and multiply matrices:
 
     blocked     inputs * taps * positions * (mac * outputs, rounded up to blocks + load), per group
-    depthwise   taps * positions * depthwise * channels, rounded up to blocks
-    plain       inputs * taps * positions * (mac' * outputs + unfold), per group
+    depthwise   positions * channels, rounded up to blocks * (mac' * taps + load')
+    plain       inputs * taps * positions * (mac" * outputs + unfold) + start, per group
 
-each with its outputs stored, and one operator's overhead.
+and one operator's overhead.
 """
 
 from __future__ import annotations
@@ -60,18 +60,22 @@ def is_blocked(profile: Profile, layer: Layer) -> bool:
 
 def convolution(profile: Profile, layer: Layer) -> float:
     """Nanoseconds for one layer."""
-    outputs = layer.groups * layer.outputs
+    return float(sum(n * getattr(profile, name) for name, n in terms(profile, layer).items()))
+
+
+def terms(profile: Profile, layer: Layer) -> dict[str, int]:
+    """How often each cost of a profile is paid for one layer, by the name of its attribute."""
     unfolded = layer.groups * layer.inputs * layer.taps * layer.positions
     if not is_blocked(profile, layer):
-        work = unfolded * (layer.outputs * profile.plain_mac_cost + profile.unfold_cost)
+        work = {"plain_mac_cost": unfolded * layer.outputs, "unfold_cost": unfolded}
+        work["group_cost"] = layer.groups
     elif layer.is_depthwise:
-        outputs = rounded(outputs, profile.block)
-        work = outputs * layer.taps * layer.positions * profile.depthwise_cost
+        elements = rounded(layer.groups, profile.block) * layer.positions
+        work = {"depthwise_mac_cost": elements * layer.taps, "depthwise_load_cost": elements}
     else:
-        each = rounded(layer.outputs, profile.block)
-        outputs = layer.groups * each
-        work = unfolded * (each * profile.mac_cost + profile.load_cost)
-    return work + outputs * layer.positions * profile.channel_cost + profile.node_cost
+        outputs = rounded(layer.outputs, profile.block)
+        work = {"mac_cost": unfolded * outputs, "load_cost": unfolded}
+    return work | {"node_cost": 1}
 
 
 def rounded(count: int, multiple: int) -> int:

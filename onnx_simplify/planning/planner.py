@@ -142,7 +142,7 @@ class Planner:
         for layer in producers:
             each = layer.positions * profile.channel_cost + layer.macs * profile.mac_cost
             cost += self._grown(layer.channels, rank, profile.block) * each
-        return cost < profile.map_cost * result + profile.node_cost
+        return cost < profile.map_cost * result + profile.map_start_cost
 
     def prefers_zeros(self, layers: Sequence[Layer], channels: int) -> bool:
         """Whether layers had better read more channels, with zeros, than have theirs gathered.
@@ -153,7 +153,7 @@ class Planner:
         """
         profile = self.profile
         copied = layers[0].inputs * max(layer.positions for layer in layers)
-        saved = copied * profile.channel_cost + profile.node_cost
+        saved = copied * profile.copy_cost + profile.node_cost
         for layer in layers:
             saved += convolution(profile, layer)
             saved -= convolution(profile, layer.with_inputs(channels))

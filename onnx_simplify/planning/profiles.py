@@ -11,8 +11,8 @@ from pathlib import Path
 class Profile:
     """How onnxruntime's CPU kernels treat channels on a target, on one thread.
 
-    ``scripts/calibrate.py`` measures the figures on the machine at hand, all in nanoseconds; how
-    they are put together is in :mod:`onnx_simplify.planning.costs`.
+    All costs are nanoseconds. ``scripts/calibrate.py`` measures most of them on the machine at
+    hand; how they are put together is in :mod:`onnx_simplify.planning.costs`.
 
     Attributes:
         name: what ``--target`` calls it.
@@ -22,28 +22,35 @@ class Profile:
             kernels; the planner keeps dead channels to reach one.
         mac_cost: for each multiply-accumulate of a blocked convolution.
         load_cost: to load one input element, for each tap of each group of a blocked convolution.
-        depthwise_cost: for each multiply-accumulate of a blocked depthwise convolution.
+        depthwise_mac_cost: for each multiply-accumulate of a blocked depthwise convolution.
+        depthwise_load_cost: for each of its output elements.
         plain_mac_cost: for each multiply-accumulate of other convolutions.
         unfold_cost: for each element of the unfolded input (im2col) of other convolutions.
-        channel_cost: to store and load one element.
-        reorder_cost: for each element brought into the blocked layout or out of it.
+        group_cost: for each group of other convolutions.
+        copy_cost: for each element that is gathered.
         map_cost: for each element of an output to which a map is added, reorders included.
         node_cost: for an operator, however small its tensors.
+        channel_cost: for each element of a channel that stays only to stand for others. Chosen on
+            whole networks, as the next one.
+        map_start_cost: for a map, however small: it also breaks up what would run as one kernel.
         rearrange: whether layers may be split, groups merged and channels reordered.
     """
 
     name: str
     block: int
     multiple: int
-    mac_cost: float = 0.008
-    load_cost: float = 0.04
-    depthwise_cost: float = 0.012
-    plain_mac_cost: float = 0.022
-    unfold_cost: float = 0.12
-    channel_cost: float = 0.15
-    reorder_cost: float = 0.1
+    mac_cost: float = 0.0067
+    load_cost: float = 0.039
+    depthwise_mac_cost: float = 0.0083
+    depthwise_load_cost: float = 0.048
+    plain_mac_cost: float = 0.007
+    unfold_cost: float = 0.135
+    group_cost: float = 175
+    copy_cost: float = 0.07
     map_cost: float = 0.2
-    node_cost: float = 4000
+    node_cost: float = 3000
+    channel_cost: float = 0.1
+    map_start_cost: float = 8000
     rearrange: bool = True
 
 
@@ -76,3 +83,18 @@ def profile(name: str | None, multiple: int | None = None) -> Profile:
     if multiple is None:
         return found
     return replace(found, multiple=multiple, rearrange=multiple > 1)
+
+
+def alternatives(planned: Profile) -> dict[str, Profile]:
+    """Other plans than the cost model's for the same target, by name, to be tried out.
+
+    ``plain`` rearranges nothing, ``fewest`` keeps no dead channel, ``blocks`` fills up whole
+    blocks, ``maps`` and ``stand-ins`` always absorb constants the one way or the other.
+    """
+    return {
+        "plain": replace(planned, rearrange=False),
+        "fewest": replace(planned, multiple=1, rearrange=False),
+        "blocks": replace(planned, multiple=max(planned.block, planned.multiple)),
+        "maps": replace(planned, map_cost=0.0, map_start_cost=0.0),
+        "stand-ins": replace(planned, map_cost=float("inf")),
+    }

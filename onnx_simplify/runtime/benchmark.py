@@ -33,7 +33,7 @@ def time_models(
     warmup: int = 2,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Timing]:
-    """Run all models in turn (A B C A B C ...) with onnxruntime's default optimisations.
+    """Run all models in turn with onnxruntime's default optimisations, see :func:`time_calls`.
 
     Args:
         models: models by name; all take the same inputs.
@@ -60,7 +60,9 @@ def time_calls(
     warmup: int = 2,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Timing]:
-    """Make all calls in turn (A B C A B C ...).
+    """Make all calls in turn, once in every round, in an order that changes from round to round.
+
+    In a fixed order each would always find the caches as the same other one has left them.
 
     Args:
         calls: what to time, by name.
@@ -72,10 +74,13 @@ def time_calls(
         Timings by name.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
+    order = np.random.default_rng(0)
+    names = list(calls)
     for done in range(warmup + rounds):
-        for name, call in calls.items():
+        for place in order.permutation(len(names)):
+            name = names[place]
             start = time.perf_counter()
-            call()
+            calls[name]()
             seconds[name].append(time.perf_counter() - start)
         if progress is not None:
             progress(done + 1, warmup + rounds)

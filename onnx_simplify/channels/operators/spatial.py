@@ -86,7 +86,8 @@ class Spatial(Operator):
     def passed(self, node: gs.Node, analysis: Analysis, values: np.ndarray) -> np.ndarray | None:
         """Means, maxima and interpolations of equal numbers are that number."""
         same = values.shape == analysis.layouts.of[node.outputs[0].name].shape
-        return values if same and node.op != "LpPool" else None
+        same &= node.op != "LpPool" and self.keeps_uniform(node, analysis)
+        return values if same else None
 
     def wants_values(self, node: gs.Node, analysis: Analysis) -> list[int]:
         """Zeros are special where padding brings in zeros."""
