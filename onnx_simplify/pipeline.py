@@ -101,7 +101,7 @@ def run(original: Model, options: Options) -> tuple[Model, Report]:
         model, report = run(original, replace(options, skip=skip))
         report.notes.append("BatchNormalization left alone: folding it costs precision")
         return model, report
-    if report.after.bytes > report.before.bytes:
+    if report.after.bytes > report.before.bytes and "remove_zeroed" not in options.skip:
         model, report = task.smallest(target, model, report)
     if (options.benchmark or options.tune) and reference is not None:
         model, report = task.fastest(target, model, report)
