@@ -6,9 +6,10 @@ Protocol P1: half of the filters of every convolution, chosen independently, wit
 biases alive. All variants of an architecture run in turn in one process, in onnxruntime on the CPU,
 batch 1: medians over the rounds; quartiles are in the JSON. Run it on an idle machine.
 
---also adds columns: ``coupled`` (protocol P2: the pruned channels of coupled layers are the same;
-our time over that of the network that torch-pruning builds), ``onnxslim``, ``onnxsim``, ``torch``
-(the module itself, in PyTorch) and ``torch-simplify``. Those not installed are left out.
+--also adds columns: ``tuned`` (the fastest of several plans, measured; beside it the regret of the
+plan that the cost model chose), ``coupled`` (protocol P2: the pruned channels of coupled layers are
+the same; our time over that of the network that torch-pruning builds), ``onnxslim``, ``onnxsim``,
+``torch`` (the module itself, in PyTorch) and ``torch-simplify``. Those not installed are left out.
 
 The table goes between the markers of README.md, a chart and all figures into docs/, when no NAME is
 given or with --write. An interrupted run goes on where it stopped. Needs the ``bench`` extra.
@@ -39,6 +40,7 @@ from onnx_simplify.runtime.verify import difference
 
 # What --also may add, and the module that each needs.
 OTHERS = {
+    "tuned": "onnx_simplify",
     "coupled": "torch_pruning",
     "onnxslim": "onnxslim",
     "onnxsim": "onnxsim",
@@ -135,7 +137,11 @@ def _others(
         changed = simplify.simplify(copy.deepcopy(module).eval(), torch.zeros_like(image))
         yield "torch-simplify", to_onnx(changed, image)
 
+    def tuned() -> Iterator[tuple[str, onnx.ModelProto]]:
+        yield "tuned", onnx_simplify.simplify(pruned, tune=True)[0]
+
     made = {
+        "tuned": tuned,
         "coupled": coupled_pair,
         "onnxslim": slim,
         "onnxsim": sim,
@@ -182,12 +188,17 @@ def table(rows: dict[str, Row], names: Sequence[str], also: Sequence[str]) -> st
     mean += [f"{geometric_mean(ideal):.2f}x", "", ""]
     for key in also:
         ratios = [r for n in names if (r := _ratio(rows[n], key)) is not None]
-        mean.append(f"{geometric_mean(ratios):.2f}x" if ratios else "")
+        cell = f"{geometric_mean(ratios):.2f}x" if ratios else ""
+        if key == "tuned" and ratios:
+            regrets = [speedup(rows[n], "tuned", "simplified") or 1 for n in names]
+            cell += f", {geometric_mean(regrets):.3f}"
+        mean.append(cell)
     return publish.markdown(header, [*lines, mean])
 
 
 def _titles(also: Sequence[str]) -> list[str]:
-    return ["coupled: ours / oracle" if key == "coupled" else key for key in also]
+    titles = {"coupled": "coupled: ours / oracle", "tuned": "tuned, regret"}
+    return [titles.get(key, key) for key in also]
 
 
 def _ratio(row: Row, key: str) -> float | None:
@@ -204,6 +215,10 @@ def _milliseconds(row: Row, key: str) -> str:
 def _cells(row: Row, also: Sequence[str]) -> list[str]:
     cells = []
     for key in also:
+        if key == "tuned":
+            regret = speedup(row, "tuned", "simplified")
+            cells.append("fails" if regret is None else f"{speedup(row, key):.2f}x, {regret:.2f}")
+            continue
         ratio, error = _ratio(row, key), row["errors"].get(key, 0.0)
         wrong = f", off by {error:.0%}" if error > 1e-3 else ""
         cells.append("fails" if ratio is None else f"{ratio:.2f}x{wrong}")
@@ -234,7 +249,7 @@ def chart(rows: dict[str, Row], names: Sequence[str], also: Sequence[str]) -> by
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    bars = ["simplified", *(k for k in also if k not in ("coupled", "torch"))]
+    bars = ["simplified", *(k for k in also if k not in ("coupled", "torch", "tuned"))]
     figure, axes = pyplot.subplots(figsize=(13, 5), dpi=90)
     places, width = np.arange(len(names)), 0.8 / len(bars)
     colours = ("#0072B2", "#E69F00", "#999999", "#CC79A7")

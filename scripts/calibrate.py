@@ -34,8 +34,8 @@ from onnx_simplify.planning.costs import Layer, convolution, is_blocked, terms
 
 RUNS = 25
 FITTED = (
-    "mac_cost", "load_cost", "depthwise_mac_cost", "depthwise_load_cost", "plain_mac_cost",
-    "unfold_cost", "group_cost", "node_cost",
+    "mac_cost", "load_cost", "pointwise_cost", "depthwise_mac_cost", "depthwise_load_cost",
+    "plain_mac_cost", "unfold_cost", "group_cost", "node_cost",
 )
 
 
@@ -43,7 +43,7 @@ def layers() -> Iterator[Layer]:
     """The layers to time: those of usual networks, and their neighbours."""
     usual = {56: (16, 32, 64), 28: (32, 64, 128), 14: (64, 128, 256), 7: (256,)}
     for side, widths in usual.items():
-        for inputs in widths:
+        for inputs in (8, 12, 24, *widths):
             for outputs in (*widths, 48, 2 * widths[-1]):
                 for taps in (1, 9):
                     yield Layer(1, inputs, outputs, taps, side * side)

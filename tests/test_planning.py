@@ -72,11 +72,29 @@ def test_no_map_is_added_for_channels_that_nobody_reads(plan):
     # Ten channels vary; two dead ones stay to fill up a multiple of four. Their maps are nobody's
     # business.
     model = separable(30)
-    plan(**NEVER)
+    plan(pointwise_cost=0.0, **NEVER)
     result, report = simplify(model, target="avx512")
     assert report.layers[1].outputs_after == 12
     assert_same_function(model, result, random_feeds(model))
     assert maps(result) == 1  # of the pointwise convolution behind
+
+
+@pytest.mark.parametrize("kernel, options, expected", [
+    (1, {}, 16), (3, {}, 8), (1, {"channel_multiple": 4}, 8), (1, {"channel_multiple": 1}, 7),
+])
+def test_a_pointwise_convolution_reads_whole_blocks(plan, kernel, options, expected):
+    # Reading 8 channels takes a 1x1 convolution longer than reading a block of 16.
+    g = Graph()
+    x = g.input("x", [1, 16, 8, 8])
+    weight = pruned(g.normal(32, 16, 3, 3), range(7, 32))
+    x = g.op("Relu", g.conv(x, weight, g.normal(32), pads=[1] * 4))
+    pads = [kernel // 2] * 4
+    g.output(g.conv(x, g.normal(32, 32, kernel, kernel), g.normal(32), pads=pads))
+    model = g.model()
+    plan(**NEVER)
+    result, report = simplify(model, target="avx512", **options)
+    assert report.layers[0].outputs_after == expected
+    assert_same_function(model, result, random_feeds(model))
 
 
 def test_the_fewest_channels_on_request(plan):

@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.layouts import Layouts, Unsupported
 from onnx_simplify.channels.operators import OPAQUE, Operator, lookup
-from onnx_simplify.channels.operators.linear import Linear
+from onnx_simplify.channels.operators.linear import Convolution, Linear
 from onnx_simplify.channels.values import MAP, UNIFORM, VARYING, Constants
 from onnx_simplify.graph.model import Model
 from onnx_simplify.graph.shapes import infer
@@ -95,6 +95,16 @@ class Analysis:
             if isinstance(rule, Linear) and self.has(node.outputs[0]):
                 for channel in np.unique(rule.channels(node, self)[1]):
                     found.setdefault(int(channel), []).append((place, node, rule))
+        return found
+
+    @cached_property
+    def read_pointwise(self) -> np.ndarray:
+        """Which labels a convolution with a single tap and group reads, bool ``(labels,)``."""
+        found = np.zeros(self.layouts.frozen.size, bool)
+        for node in self.model.graph.nodes:
+            rule = self.rule[id(node)]
+            if isinstance(rule, Convolution) and rule.taps(node) == rule.dims(node)[0] == 1:
+                found[rule.channels(node, self)[0]] = True
         return found
 
     def has(self, tensor: gs.Tensor) -> bool:

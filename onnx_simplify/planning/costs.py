@@ -3,11 +3,15 @@
 A convolution of ordinary or depthwise kind is computed in blocks of channels (NCHWc) if its channel
 counts allow it (``MlasNchwcConv``); all others unfold their input and multiply matrices:
 
-    blocked     inputs * taps * positions * (mac * outputs, rounded up to blocks + load), per group
+    blocked     inputs * taps * positions * (mac * outputs + load), per group, inputs and outputs
+                rounded up to blocks
     depthwise   positions * channels, rounded up to blocks * (mac' * taps + load')
     plain       inputs * taps * positions * (mac" * outputs + unfold) + start, per group
 
-and one operator's overhead.
+and one operator's overhead. Fewer inputs than a block are read in the plain layout, which is slow
+where a convolution has a single tap:
+
+    + inputs * positions * pointwise * blocks of outputs
 """
 
 from __future__ import annotations
@@ -65,8 +69,8 @@ def convolution(profile: Profile, layer: Layer) -> float:
 
 def terms(profile: Profile, layer: Layer) -> dict[str, int]:
     """How often each cost of a profile is paid for one layer, by the name of its attribute."""
-    unfolded = layer.groups * layer.inputs * layer.taps * layer.positions
     if not is_blocked(profile, layer):
+        unfolded = layer.groups * layer.inputs * layer.taps * layer.positions
         work = {"plain_mac_cost": unfolded * layer.outputs, "unfold_cost": unfolded}
         work["group_cost"] = layer.groups
     elif layer.is_depthwise:
@@ -74,7 +78,13 @@ def terms(profile: Profile, layer: Layer) -> dict[str, int]:
         work = {"depthwise_mac_cost": elements * layer.taps, "depthwise_load_cost": elements}
     else:
         outputs = rounded(layer.outputs, profile.block)
+        inputs = layer.inputs
+        if inputs > profile.block:
+            inputs = rounded(inputs, profile.block)
+        unfolded = layer.groups * inputs * layer.taps * layer.positions
         work = {"mac_cost": unfolded * outputs, "load_cost": unfolded}
+        if inputs < profile.block and layer.taps == 1:
+            work["pointwise_cost"] = unfolded * outputs // profile.block
     return work | {"node_cost": 1}
 
 

@@ -72,7 +72,8 @@ class Planner:
         """Keep dead output channels of a convolution up to the next multiple.
 
         onnxruntime leaves its blocked kernels when a count is no multiple of four, which costs more
-        than computing up to three channels too many.
+        than computing up to three channels too many. Fewer channels than a block cost as much to
+        compute as a whole one, and more to read for a 1x1 convolution.
 
         Returns:
             Whether any label was revived in ``alive``.
@@ -86,7 +87,11 @@ class Planner:
             return False
         labels = analysis.layouts.of[node.outputs[0].name].ravel()
         stay = alive[labels]
-        missing = -int(stay.sum()) % multiple
+        count = int(stay.sum())
+        missing = -count % multiple
+        if count < self.profile.block and self.profile.pointwise_cost:
+            if analysis.read_pointwise[labels].any():
+                missing = self.profile.block - count
         dead = labels[~stay]
         # Several positions may share a label, and come back together.
         dead = dead[np.sort(np.unique(dead, return_index=True)[1])][:missing]

@@ -22,6 +22,8 @@ class Profile:
             kernels; the planner keeps dead channels to reach one.
         mac_cost: for each multiply-accumulate of a blocked convolution.
         load_cost: to load one input element, for each tap of each group of a blocked convolution.
+        pointwise_cost: for each input element and block of outputs of a 1x1 convolution that reads
+            fewer channels than a block; 0 where nothing shall be filled up for it.
         depthwise_mac_cost: for each multiply-accumulate of a blocked depthwise convolution.
         depthwise_load_cost: for each of its output elements.
         plain_mac_cost: for each multiply-accumulate of other convolutions.
@@ -41,6 +43,7 @@ class Profile:
     multiple: int
     mac_cost: float = 0.0067
     load_cost: float = 0.039
+    pointwise_cost: float = 0.22
     depthwise_mac_cost: float = 0.0083
     depthwise_load_cost: float = 0.048
     plain_mac_cost: float = 0.007
@@ -74,7 +77,8 @@ def detect() -> Profile:
 def profile(name: str | None, multiple: int | None = None) -> Profile:
     """A profile by name (None or ``auto``: detect), optionally with another channel multiple.
 
-    A multiple of 1 asks for the fewest channels, which leaves nothing to rearrange.
+    Dead channels are then kept for that multiple only; 1 asks for the fewest channels, which leaves
+    nothing to rearrange.
 
     Raises:
         KeyError: there is no profile of that name.
@@ -82,7 +86,7 @@ def profile(name: str | None, multiple: int | None = None) -> Profile:
     found = detect() if name in (None, "auto") else PROFILES[str(name)]
     if multiple is None:
         return found
-    return replace(found, multiple=multiple, rearrange=multiple > 1)
+    return replace(found, multiple=multiple, rearrange=multiple > 1, pointwise_cost=0.0)
 
 
 def alternatives(planned: Profile) -> dict[str, Profile]:
@@ -93,7 +97,7 @@ def alternatives(planned: Profile) -> dict[str, Profile]:
     """
     return {
         "plain": replace(planned, rearrange=False),
-        "fewest": replace(planned, multiple=1, rearrange=False),
+        "fewest": replace(planned, multiple=1, rearrange=False, pointwise_cost=0.0),
         "blocks": replace(planned, multiple=max(planned.block, planned.multiple)),
         "maps": replace(planned, map_cost=0.0, map_start_cost=0.0),
         "stand-ins": replace(planned, map_cost=float("inf")),
