@@ -68,6 +68,8 @@ def simplify(
     benchmark: bool = False,
     tune: bool = False,
     threads: int = 1,
+    threshold: float = 0.0,
+    auto_threshold: float | None = None,
 ) -> tuple[ModelProto, Report]:
     """Make a model as small and fast as its pruned channels allow.
 
@@ -91,6 +93,10 @@ def simplify(
         tune: try out other plans than the cost model's as well, and take the fastest, see
             ``Report.plans``.
         threads: onnxruntime threads for the timings.
+        threshold: take channels for zero none of whose weights is larger than this share of the
+            layer's largest; 0 is exact. ``rtol`` bounds how much that changes the outputs.
+        auto_threshold: find the largest threshold that changes no output by more than this,
+            relative to its magnitude, on ``input_data``; instead of ``threshold``.
 
     Returns:
         The simplified model and the report.
@@ -100,7 +106,13 @@ def simplify(
         CannotVerifyError: the original itself does not run, and ``verify`` is true.
         VerificationError: the result differs from the original.
     """
-    _check_positive(rtol=rtol, channel_multiple=channel_multiple, threads=threads)
+    _check_positive(
+        rtol=rtol,
+        channel_multiple=channel_multiple,
+        threads=threads,
+        auto_threshold=auto_threshold,
+    )
+    _check_threshold(threshold, auto_threshold, input_data)
     options = Options(
         pinned=_names(pinned),
         skip=checked_passes(skip),
@@ -115,6 +127,8 @@ def simplify(
         benchmark=benchmark,
         tune=tune,
         threads=threads,
+        threshold=threshold,
+        auto_threshold=auto_threshold,
     )
     result, report = pipeline.run(load(model), options)
     return result.to_proto(), report
@@ -306,6 +320,18 @@ def _check_positive(**numbers: float | None) -> None:
     for name, number in numbers.items():
         if number is not None and not number > 0:
             raise ModelError(f"{name} is {number}, but must be positive")
+
+
+def _check_threshold(
+    threshold: float, automatic: float | None, data: Mapping[str, np.ndarray] | None
+) -> None:
+    """Raise ModelError unless thresholds make sense."""
+    if not 0 <= threshold < 1:
+        raise ModelError(f"threshold is {threshold}, but must be at least 0 and less than 1")
+    if automatic is not None and threshold:
+        raise ModelError("give a threshold or let it be found, not both")
+    if automatic is not None and data is None:
+        raise ModelError("a threshold can only be found on input_data: random inputs say little")
 
 
 def checked_passes(names: Collection[str]) -> Collection[str]:

@@ -119,6 +119,13 @@ def _parser() -> argparse.ArgumentParser:
         help="processor to plan for (default: this machine)")
     add("--channel-multiple", metavar="N", type=_positive_int,
         help="keep dead channels up to a multiple of N (default: the target's; 1: keep none)")
+    small = parser.add_mutually_exclusive_group()
+    small.add_argument("--threshold", metavar="EPS", type=_share, default=0.0,
+        help="take channels for zero none of whose weights exceeds EPS times the layer's largest "
+        "(default: 0, exact); --rtol bounds the difference")
+    small.add_argument("--auto-threshold", metavar="TOL", type=_positive_float,
+        help="find the largest such EPS that changes no output by more than TOL of its magnitude "
+        "on --input-data")
     add("--inspect", action="store_true",
         help="report per layer what is dead, constant and removable; write nothing")
     add("--json", metavar="FILE", help="write the whole report as JSON")
@@ -147,6 +154,16 @@ def _positive_int(text: str) -> int:
     return int(text)
 
 
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number from 0 to 1")
+    return value
+
+
 def _positive_float(text: str) -> float:
     try:
         value = float(text)
@@ -168,6 +185,8 @@ def _run(arguments: argparse.Namespace) -> int:
         for other in (arguments.input, arguments.output):
             if other is not None and os.path.realpath(other) == os.path.realpath(arguments.json):
                 raise ModelError(f"--json: {arguments.json} is the model: name another file")
+    if arguments.auto_threshold is not None and arguments.input_data is None:
+        raise ModelError("--auto-threshold needs --input-data: random inputs say little")
     data = None if arguments.input_data is None else _read_data(arguments.input_data)
     original = load(arguments.input)
     with _progress(arguments.quiet) as progress:
@@ -184,6 +203,8 @@ def _run(arguments: argparse.Namespace) -> int:
             benchmark=arguments.benchmark,
             tune=arguments.tune,
             threads=arguments.threads,
+            threshold=arguments.threshold,
+            auto_threshold=arguments.auto_threshold,
             progress=progress,
         )
         try:
@@ -290,6 +311,11 @@ def _print_summary(console: Console, report: Report) -> None:
     if report.plans is not None and len(report.plans) > 1:
         _print_plans(console, report.plans, report.plan)
     _print_notes(console, report)
+    if report.threshold:
+        count = sum(layer.small for layer in report.layers)
+        console.print(
+            f"{count} channels below {report.threshold:.1e} of their layer were taken for zero"
+        )
     found = report.verification
     if found is None:
         console.print("not verified")

@@ -22,6 +22,7 @@ from onnx_simplify.passes.fold_shapes import fold_shapes
 from onnx_simplify.passes.propagate_bias import propagate_bias
 from onnx_simplify.passes.reblock_maps import reblock_maps
 from onnx_simplify.passes.remove_zeroed import remove_zeroed
+from onnx_simplify.passes.zero_small import thresholds, zero_small
 from onnx_simplify.planning.planner import Planner
 from onnx_simplify.planning.profiles import Profile, alternatives, profile
 from onnx_simplify.report import (
@@ -42,6 +43,8 @@ PASSES = ("fold_batchnorm", "propagate_bias", "remove_zeroed")
 
 # So often the passes run at most; almost always one turn is all it takes.
 _TURNS = 4
+# No channel larger than this share of its layer is taken for zero unasked.
+_LARGEST_THRESHOLD = 0.1
 # A plan that is faster than the cost model's by less than this is not.
 _NOISE = 0.01
 _HALF_PRECISION = ("float16", "bfloat16")
@@ -63,6 +66,8 @@ class Options:
     channel_multiple: int | None = None
     benchmark: bool = False
     tune: bool = False
+    threshold: float = 0.0
+    auto_threshold: float | None = None
     threads: int = 1
     progress: Callable[[str], None] | None = None
 
@@ -89,6 +94,11 @@ def run(original: Model, options: Options) -> tuple[Model, Report]:
     step("running the original")
     reference, trouble = _reference(original, options)
     original.release()
+    if options.auto_threshold is not None:
+        step("looking for a threshold")
+        found = _largest_threshold(original, options, reference)
+        rtol = options.auto_threshold if options.rtol is None else options.rtol
+        options = replace(options, threshold=found, auto_threshold=None, rtol=rtol)
     task = _Task(original, options, reference, trouble, step)
     step("analysing")
     try:
@@ -159,9 +169,14 @@ class _Task:
         if self.reference is not None and options.verify:
             self.step("verifying")
             half = is_half(self.original)
-            found = report.verification = self.reference.compare(model, options.rtol, half=half)
+            found = report.verification = self.reference.compare(
+                model, options.rtol, half=half, exact=not options.threshold
+            )
             if not found.passed:
-                raise VerificationError(f"verification failed, nothing written: {found.reason}")
+                advice = " (lower --threshold or raise --rtol)" if options.threshold else ""
+                raise VerificationError(
+                    f"verification failed, nothing written: {found.reason}{advice}"
+                )
         return model, report
 
     def smallest(self, target: Profile, model: Model, report: Report) -> tuple[Model, Report]:
@@ -267,6 +282,10 @@ def simplify_in_place(
         model.release()
     before = layers(model)
     report.layers = list(before.values())
+    if options.threshold:
+        report.threshold = options.threshold
+        for node, count in zero_small(model, options.threshold).items():
+            before[node].small = count
 
     def observe(analysis: Analysis) -> None:
         add_findings(before, analysis)
@@ -313,6 +332,33 @@ def simplify_in_place(
         if node in after:
             layer.outputs_after = after[node].outputs
             layer.inputs_after = after[node].inputs
+
+
+def _largest_threshold(original: Model, options: Options, reference: Reference | None) -> float:
+    """The largest threshold that keeps the outputs within ``auto_threshold``, by bisection.
+
+    Raises:
+        CannotVerifyError: the model does not run.
+    """
+    if reference is None:
+        raise CannotVerifyError("a threshold cannot be found: the original model does not run")
+    base = original.copy()
+    clean(base)
+    settle_disputes(base, reference.feeds[0])
+    fold_shapes(base)
+    if "fold_batchnorm" not in options.skip:
+        fold_batchnorm(base, options.bn_folding)
+    known = thresholds(base, _LARGEST_THRESHOLD)
+    low, high = -1, len(known) - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        trial = base.copy()
+        zero_small(trial, float(known[middle]))
+        if reference.compare(trial, options.auto_threshold, exact=False).passed:
+            low = middle
+        else:
+            high = middle - 1
+    return float(known[low]) if low >= 0 else 0.0
 
 
 def is_half(model: Model) -> bool:

@@ -55,6 +55,7 @@ class Layer:
         dead: output channels that nothing reads.
         outputs_after: output channels after; 0 when the layer is gone.
         inputs_after: input channels after.
+        small: output channels that were taken for zero because of a threshold.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Layer:
     dead: int = 0
     outputs_after: int = 0
     inputs_after: int = 0
+    small: int = 0
 
     @property
     def removed(self) -> int:
@@ -95,6 +97,7 @@ class Report:
         opaque: nodes whose channels were left alone, and why.
         input_shapes: shapes of the inputs that MACs are counted for.
         target: name of the planner's profile.
+        threshold: share of a layer's largest weight up to which channels were taken for zero.
         plan: which plan the result follows, ``planned`` by the cost model or one that turned out to
             be better, see :func:`onnx_simplify.planning.profiles.alternatives`; ``cleaned`` where
             nothing was removed.
@@ -113,6 +116,7 @@ class Report:
     opaque: list[Opaque] = field(default_factory=list)
     input_shapes: dict[str, list[int]] = field(default_factory=dict)
     target: str = ""
+    threshold: float = 0.0
     plan: str = "planned"
     plans: dict[str, Timing] | None = None
     verification: Verification | None = None

@@ -6,6 +6,7 @@ torch = pytest.importorskip("torch")
 
 import onnx_simplify  # noqa: E402
 import torch_bridge  # noqa: E402
+from onnx_simplify.planning import profiles  # noqa: E402
 from torch_bridge import export, zoo  # noqa: E402
 
 pytestmark = pytest.mark.torch
@@ -71,3 +72,22 @@ def test_each_pass_under_the_newer_exporter(name, protocol):
     for result in (folded, shifted, removed):
         assert onnx_simplify.verify(dense, result).worst <= 1e-5
     assert removed.ByteSize() < 0.8 * dense.ByteSize()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["resnet18", "resnext50_32x4d", "densenet121", "shufflenet_v2_x0_5", "mobilenet_v3_small"],
+)
+def test_every_plan_is_exact(name, monkeypatch):
+    torch.set_num_threads(1)
+    model = zoo.prune(zoo.realistic(name), name, "P1")
+    dense = export(model, torch.zeros(1, 3, 224, 224), exporter="torchscript", fuse_batchnorm=False)
+    planned = profiles.PROFILES["avx512"]
+    macs = {}
+    for plan, profile in {"planned": planned, **profiles.alternatives(planned)}.items():
+        monkeypatch.setitem(profiles.PROFILES, "avx512", profile)
+        _, report = onnx_simplify.simplify(dense, target="avx512")
+        assert report.verification is not None and report.verification.worst <= 1e-5, plan
+        assert report.after.bytes < report.before.bytes
+        macs[plan] = report.after.macs
+    assert len(set(macs.values())) >= 4, macs

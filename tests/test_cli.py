@@ -159,7 +159,7 @@ def test_json_agrees_with_the_table(cli, path):
     assert set(found) >= {
         "version", "input", "output", "before", "after", "layers", "batchnorms_folded", "opaque",
         "input_shapes", "target", "verification", "benchmark", "seconds", "notes",
-        "channels_removed", "speedup", "plan", "plans",
+        "channels_removed", "speedup", "plan", "plans", "threshold",
     }
     assert found["version"] == onnx_simplify.__version__
     assert (found["input"], found["output"]) == (str(path), str(out))
@@ -720,7 +720,8 @@ def test_help_explains_exit_codes_and_options(cli):
     assert result.code == 0 and "exit codes:" in result.out
     for option in (
         "--pin --skip --input-shape --input-data --no-verify --rtol --check --benchmark --tune "
-        "--threads --target --inspect --json --quiet --verbose --save-external-data --version"
+        "--threads --threshold --auto-threshold --target --inspect --json --quiet --verbose "
+        "--save-external-data --version"
     ).split():
         assert option in result.out
 

@@ -289,7 +289,7 @@ def mapped(last: str) -> ModelProto:
     "last, target, expected",
     [
         ("Concat", "avx512", 1),
-        ("Relu", "avx512", 1),
+        ("Relu", "avx512", 0),
         ("Add", "avx512", 1),
         ("Conv", "avx512", 0),
         ("Softmax", "avx512", 0),
@@ -304,6 +304,22 @@ def test_maps_return_to_the_blocked_layout(last, target, expected):
     assert depthwise.count(16) == expected
     again, _ = simplify(result, target=target)
     assert count(again, "Conv") == count(result, "Conv")
+
+
+@pytest.mark.parametrize("live, kept", [(30, 32), (24, 24), (33, 36)])
+def test_operands_of_a_concatenation_are_nearly_whole_blocks(monkeypatch, live, kept):
+    # Two or three channels more and the concatenation is blocked; eight more would be too many.
+    monkeypatch.setattr(profiles, "detect", lambda: AVX512)
+    g = Graph(seed=6)
+    x = g.input("x", [1, 16, 8, 8])
+    left = g.conv(x, pruned(g.normal(48, 16, 3, 3), range(live, 48)), g.normal(48), pads=[1] * 4)
+    right = g.conv(x, g.normal(32, 16, 1, 1), g.normal(32))
+    y = g.op("Relu", g.op("Concat", left, right, axis=1))
+    g.output(g.conv(y, g.normal(16, 80, 3, 3), g.normal(16)))
+    model = g.model()
+    result, report = simplify(model)
+    assert report.layers[0].outputs_after == kept
+    assert_same_function(model, result, random_feeds(model))
 
 
 # ------------------------------------------------------------------------------------------------

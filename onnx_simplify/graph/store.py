@@ -108,8 +108,7 @@ def _prefix(path: Path) -> str:
 
 def serialized_size(model: Model) -> int:
     """Size in bytes of the model as a single file."""
-    proto, large = model.structure()
-    return proto.ByteSize() + sum(t.values.nbytes for t in large.values())
+    return sum(memoryview(piece).nbytes for piece in _pieces(*model.structure()))
 
 
 def _keep_mode(old: Path, new: Path) -> None:

@@ -3,9 +3,9 @@
     Conv -> Add(map) -> ...    =>    Conv -> Add(map) -> Conv(depthwise, ones) -> ...
 
 onnxruntime computes convolutions in a blocked layout (NCHWc) that it leaves for an ``Add`` with an
-initializer, and does not enter again before the next convolution: activations, sums and
-concatenations in between run unfused in the plain layout. A depthwise 1x1 convolution of ones is
-that next convolution, and takes the activation or the other operand of a sum into its kernel.
+initializer, and does not enter again before the next convolution: sums, concatenations and poolings
+in between run unfused in the plain layout. A depthwise 1x1 convolution of ones is that next
+convolution, and takes the activation or the other operand of a sum into its kernel.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnx_simplify.graph.edit import consumers
+from onnx_simplify.graph.edit import Readers, consumers
 from onnx_simplify.graph.model import Model
 from onnx_simplify.planning.profiles import Profile
 
 # Operators that onnxruntime runs in the blocked layout.
-_BLOCKED = frozenset(
-    """Add AveragePool Clip Concat Conv GlobalAveragePool HardSigmoid HardSwish LeakyRelu MaxPool
-    Mul Relu Sigmoid""".split()
-)
+_ACTIVATIONS = frozenset("Clip HardSigmoid HardSwish LeakyRelu Relu Sigmoid Tanh".split())
+_BLOCKED = _ACTIVATIONS | {
+    "Add", "AveragePool", "Concat", "Conv", "GlobalAveragePool", "MaxPool", "Mul",
+}
 
 
 def reblock_maps(model: Model, profile: Profile) -> None:
@@ -38,7 +38,9 @@ def reblock_maps(model: Model, profile: Profile) -> None:
     nodes = []
     for node in model.graph.nodes:
         nodes.append(node)
-        users = [user for user, _ in readers.get(node.outputs[0].name, ())] if node.outputs else []
+        users = _users(readers, node)
+        if len(users) == 1 and users[0].op in _ACTIVATIONS:
+            users = _users(readers, users[0])
         if any(u.op not in _BLOCKED or u.domain for u in users):
             continue
         if all(u.op == "Conv" for u in users):
@@ -53,6 +55,10 @@ def reblock_maps(model: Model, profile: Profile) -> None:
         name = model.unique(f"{result.name}_reblock")
         nodes.append(gs.Node("Conv", name, {"group": channels}, [raw, ones], [result]))
     model.graph.nodes = nodes
+
+
+def _users(readers: Readers, node: gs.Node) -> list[gs.Node]:
+    return [user for t in node.outputs for user, _ in readers.get(t.name, ())]
 
 
 def _is_map(node: gs.Node, producer: dict[str, gs.Node], block: int) -> bool:

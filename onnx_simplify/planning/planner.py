@@ -11,6 +11,7 @@ import onnx_graphsurgeon as gs
 from onnx_simplify.channels.analysis import Analysis
 from onnx_simplify.channels.merge import Merger
 from onnx_simplify.channels.operators.linear import Convolution
+from onnx_simplify.channels.operators.structural import Concat
 from onnx_simplify.planning.costs import Layer, convolution, rounded
 from onnx_simplify.planning.grouping import merge_groups
 from onnx_simplify.planning.profiles import Profile
@@ -30,6 +31,11 @@ class Work:
     channels: int
     macs: int
     positions: int
+
+
+# Operands of a concatenation may grow by this share to be whole blocks: the sums of many small
+# ones, as in a DenseNet, would grow by as much.
+_CONCAT_GROWTH = 0.125
 
 
 class Planner:
@@ -80,23 +86,45 @@ class Planner:
         """
         multiple = self.profile.multiple
         rule = analysis.rule[id(node)]
+        if isinstance(rule, Concat):
+            return self._keep_for_concat(node, analysis, alive)
         if multiple < 2 or not isinstance(rule, Convolution) or analysis.node_dead(node, alive):
             return False
         groups, *sizes = rule.dims(node)
         if groups > 1 and sizes != [1, 1]:
             return False
         labels = analysis.layouts.of[node.outputs[0].name].ravel()
-        stay = alive[labels]
-        count = int(stay.sum())
+        count = int(alive[labels].sum())
         missing = -count % multiple
         if count < self.profile.block and self.profile.pointwise_cost:
             if analysis.read_pointwise[labels].any():
                 missing = self.profile.block - count
-        dead = labels[~stay]
-        # Several positions may share a label, and come back together.
-        dead = dead[np.sort(np.unique(dead, return_index=True)[1])][:missing]
-        alive[dead] = True
-        return dead.size > 0
+        return _revive(labels, missing, alive)
+
+    def _keep_for_concat(self, node: gs.Node, analysis: Analysis, alive: np.ndarray) -> bool:
+        """Keep dead channels where that lets all operands of a ``Concat`` be whole blocks.
+
+        onnxruntime concatenates in its blocked layout then, and whatever comes behind stays in it.
+        """
+        block = self.profile.block
+        if block == 1 or not self.profile.rearrange or node.attrs.get("axis", 0) != 1:
+            return False
+        operands = []
+        for tensor in node.inputs:
+            if not analysis.has(tensor) or len(analysis.shape(tensor)) != 4:
+                return False
+            labels = analysis.layouts.of[tensor.name].ravel()
+            if analysis.dead(tensor, alive):
+                continue
+            operands.append((labels, int(alive[labels].sum())))
+        wanted = [rounded(count, block) for _, count in operands]
+        for size, (labels, count) in zip(wanted, operands, strict=True):
+            if size > min(labels.size, count * (1 + _CONCAT_GROWTH)):
+                return False
+        changed = False
+        for size, (labels, count) in zip(wanted, operands, strict=True):
+            changed |= _revive(labels, size - count, alive)
+        return changed
 
     def narrow_operands(
         self, operands: Sequence[Operand], users: Sequence[Layer], total: int, movable: bool
@@ -167,3 +195,12 @@ class Planner:
     def _grown(self, count: int, more: int, multiple: int) -> int:
         """By how much a number of channels grows, both times rounded up."""
         return rounded(count + more, multiple) - rounded(count, multiple)
+
+
+def _revive(labels: np.ndarray, missing: int, alive: np.ndarray) -> bool:
+    """Let up to so many dead labels stay; whether there were any."""
+    dead = labels[~alive[labels]]
+    # Several positions may share a label, and come back together.
+    dead = dead[np.sort(np.unique(dead, return_index=True)[1])][:missing]
+    alive[dead] = True
+    return dead.size > 0

@@ -57,10 +57,9 @@ class Profile:
     rearrange: bool = True
 
 
-PROFILES = {
-    p.name: p
-    for p in (Profile("avx2", 8, 4), Profile("avx512", 16, 4), Profile("generic", 1, 1))
-}
+# Vectors half as wide; 64 channels at 56x56 take about 3.4 ms per 3x3 convolution.
+_AVX2 = Profile("avx2", 8, 4, mac_cost=0.03, depthwise_mac_cost=0.03, plain_mac_cost=0.03)
+PROFILES = {p.name: p for p in (_AVX2, Profile("avx512", 16, 4), Profile("generic", 1, 1))}
 
 
 def detect() -> Profile:

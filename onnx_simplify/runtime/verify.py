@@ -193,7 +193,12 @@ class Reference:
                 self.runs.append(Run(other, session.run(other)))
 
     def compare(
-        self, simplified: Model, rtol: float | None = None, *, half: bool = False
+        self,
+        simplified: Model,
+        rtol: float | None = None,
+        *,
+        half: bool = False,
+        exact: bool = True,
     ) -> Verification:
         """Run the simplified model, optimised as in deployment, on all inputs.
 
@@ -201,10 +206,12 @@ class Reference:
             simplified: the model to check.
             rtol: bound on the relative error; by default 1e-4, in half precision 1e-2.
             half: whether the model computes in half precision.
+            exact: whether both are meant to compute the same, so that an output may not be off by
+                as much as it varies between inputs either.
         """
         simplified.stand_in = self.model.stand_in
         tolerance = rtol if rtol is not None else (1e-2 if half else 1e-4)
-        rounding = 5e-3 if half else 5e-6
+        rounding = (5e-3 if half else 5e-6) if exact else float("inf")
         result = Verification(
             True, 0.0, tolerance, len(self.runs), [dict(r.sizes) for r in self.runs]
         )
