@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.layouts import Layouts, Unsupported
 from onnx_simplify.channels.operators import OPAQUE, Operator, lookup
-from onnx_simplify.channels.operators.linear import Convolution, Linear
+from onnx_simplify.channels.operators.linear import Linear
 from onnx_simplify.channels.values import MAP, UNIFORM, VARYING, Constants
 from onnx_simplify.graph.model import Model
 from onnx_simplify.graph.shapes import infer
@@ -97,15 +97,26 @@ class Analysis:
                     found.setdefault(int(channel), []).append((place, node, rule))
         return found
 
+    def tensors_with(self, labels: np.ndarray) -> list[str]:
+        """Names of the tensors that may have some of these labels (their ranges overlap)."""
+        names, lowest, highest = self._ranges
+        return [
+            names[k]
+            for k in np.flatnonzero((lowest <= labels.max()) & (highest >= labels.min()))
+        ]
+
     @cached_property
-    def read_pointwise(self) -> np.ndarray:
-        """Which labels a convolution with a single tap and group reads, bool ``(labels,)``."""
-        found = np.zeros(self.layouts.frozen.size, bool)
-        for node in self.model.graph.nodes:
-            rule = self.rule[id(node)]
-            if isinstance(rule, Convolution) and rule.taps(node) == rule.dims(node)[0] == 1:
-                found[rule.channels(node, self)[0]] = True
-        return found
+    def _ranges(self) -> tuple[list[str], np.ndarray, np.ndarray]:
+        """Names of all tensors, and their smallest and largest labels."""
+        layouts = self.layouts.of
+        lowest = np.array([layout.min() for layout in layouts.values()], np.int64)
+        highest = np.array([layout.max() for layout in layouts.values()], np.int64)
+        return list(layouts), lowest, highest
+
+    @cached_property
+    def producer(self) -> dict[str, gs.Node]:
+        """The node that computes each tensor."""
+        return {t.name: n for n in self.model.graph.nodes for t in n.outputs if t.name}
 
     def has(self, tensor: gs.Tensor) -> bool:
         """Whether the tensor is a variable whose channels are followed."""

@@ -60,8 +60,9 @@ def can_move(analysis: Analysis, labels: np.ndarray, free: Collection[int] = ())
         return False
     among = np.zeros(analysis.layouts.frozen.size, bool)
     among[labels] = True
-    moved = set()
-    for name, layout in analysis.layouts.of.items():
+    nodes: dict[int, gs.Node] = {}
+    for name in analysis.tensors_with(labels):
+        layout = analysis.layouts.of[name]
         found = among[layout]
         if not found.any():
             continue
@@ -69,12 +70,12 @@ def can_move(analysis: Analysis, labels: np.ndarray, free: Collection[int] = ())
             return False
         if not np.array_equal(layout.ravel(), labels):
             return False
-        moved.add(name)
-    for node in analysis.model.graph.nodes:
-        touched = any(t.name in moved for t in (*node.inputs, *node.outputs))
-        if touched and id(node) not in free and not analysis.rule[id(node)].may_reorder(node):
-            return False
-    return True
+        if name in analysis.producer:
+            nodes[id(analysis.producer[name])] = analysis.producer[name]
+        nodes |= {id(node): node for node, _ in analysis.layouts.readers.get(name, ())}
+    return all(
+        key in free or analysis.rule[key].may_reorder(node) for key, node in nodes.items()
+    )
 
 
 def filled_up(groups: Sequence[np.ndarray], size: int, spare: np.ndarray) -> np.ndarray:

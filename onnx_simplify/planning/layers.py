@@ -33,9 +33,15 @@ def layers_at(
     """The layers with one group that read (side 0) or make (side 1) some channels."""
     among = np.zeros(alive.size, bool)
     among[labels] = True
+    nodes: dict[int, gs.Node] = {}
+    for name in analysis.tensors_with(labels):
+        if side == 0:
+            nodes |= {id(node): node for node, _ in analysis.layouts.readers.get(name, ())}
+        elif name in analysis.producer:
+            nodes[id(analysis.producer[name])] = analysis.producer[name]
     found = []
-    for node in analysis.model.graph.nodes:
-        rule = analysis.rule[id(node)]
+    for key, node in nodes.items():
+        rule = analysis.rule[key]
         if isinstance(rule, Linear) and among[rule.channels(node, analysis)[side]].any():
             layer = layer_of(node, rule, analysis, alive)
             if layer.groups == 1:

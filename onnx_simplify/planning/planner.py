@@ -14,6 +14,7 @@ from onnx_simplify.channels.operators.linear import Convolution
 from onnx_simplify.channels.operators.structural import Concat
 from onnx_simplify.planning.costs import Layer, convolution, rounded
 from onnx_simplify.planning.grouping import merge_groups
+from onnx_simplify.planning.layers import layers_at
 from onnx_simplify.planning.profiles import Profile
 from onnx_simplify.planning.streams import Operand, arrange, merge_placements
 
@@ -33,6 +34,10 @@ class Work:
     positions: int
 
 
+# Readers of a concatenation that onnxruntime computes in the blocked layout.
+_BLOCKED = frozenset(
+    """AveragePool BatchNormalization Clip Concat Conv GlobalAveragePool MaxPool Relu""".split()
+)
 # Operands of a concatenation may grow by this share to be whole blocks: the sums of many small
 # ones, as in a DenseNet, would grow by as much.
 _CONCAT_GROWTH = 0.125
@@ -96,9 +101,15 @@ class Planner:
         labels = analysis.layouts.of[node.outputs[0].name].ravel()
         count = int(alive[labels].sum())
         missing = -count % multiple
-        if count < self.profile.block and self.profile.pointwise_cost:
-            if analysis.read_pointwise[labels].any():
-                missing = self.profile.block - count
+        block = self.profile.block
+        if count < block <= labels.size and self.profile.pointwise_cost:
+            readers = layers_at(analysis, labels, 0, alive)
+            few, whole = (
+                sum(convolution(self.profile, layer.with_inputs(n)) for layer in readers)
+                for n in (count + missing, block)
+            )
+            if whole < few:
+                missing = block - count
         return _revive(labels, missing, alive)
 
     def _keep_for_concat(self, node: gs.Node, analysis: Analysis, alive: np.ndarray) -> bool:
@@ -108,6 +119,9 @@ class Planner:
         """
         block = self.profile.block
         if block == 1 or not self.profile.rearrange or node.attrs.get("axis", 0) != 1:
+            return False
+        users = analysis.layouts.readers.get(node.outputs[0].name, ())
+        if not all(user.op in _BLOCKED for user, _ in users):
             return False
         operands = []
         for tensor in node.inputs:

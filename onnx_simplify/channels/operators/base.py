@@ -113,6 +113,8 @@ class Shape(Operator):
     from it stays as it was.
     """
 
+    reorders = True
+
     def layout(self, node: gs.Node, layouts: Layouts) -> None:
         """The input's channels are free to go; the output is an ordinary vector."""
         layouts(node.inputs[0])
