@@ -83,6 +83,9 @@ def session_options(*, threads: int = 0, optimize: bool = True) -> ort.SessionOp
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
+    if threads > 1:
+        # Threads that wait busily for the next run would take the cores of other sessions' ones.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_prepacking", "1")
