@@ -58,6 +58,8 @@ def split_sums(analysis: Analysis, planner: Planner) -> bool:
                 key = analysis.layouts.of[node.outputs[0].name].tobytes()
                 streams.setdefault(key, {})[tensor.name] = tensor, operand
     inserted: dict[str, gs.Node] = {}
+    # One array for all of a size: they are large, and most of them are soon cut down.
+    weights: dict[tuple[int, int], np.ndarray] = {}
     for stream in streams.values():
         tensors = [tensor for tensor, _ in stream.values()]
         operands = [operand for _, operand in stream.values()]
@@ -65,7 +67,7 @@ def split_sums(analysis: Analysis, planner: Planner) -> bool:
         users = layers_at(analysis, labels, 0, alive)
         movable = can_move(analysis, labels)
         for index in planner.narrow_operands(operands, users, labels.size, movable):
-            inserted[tensors[index].name] = _identity(analysis, tensors[index])
+            inserted[tensors[index].name] = _identity(analysis, tensors[index], weights)
     placed: set[str] = set()
     nodes = []
     for node in model.graph.nodes:
@@ -132,12 +134,17 @@ def _maker(
     return None
 
 
-def _identity(analysis: Analysis, tensor: gs.Tensor) -> gs.Node:
-    """A 1x1 convolution that passes a tensor on."""
+def _identity(
+    analysis: Analysis, tensor: gs.Tensor, weights: dict[tuple[int, int], np.ndarray]
+) -> gs.Node:
+    """A 1x1 convolution that passes a tensor on; its weights come from ``weights``, if there."""
     model = analysis.model
     channels, rank = analysis.shape(tensor)[1], len(analysis.shape(tensor))
-    weight = np.zeros([channels, channels] + [1] * (rank - 2), np.float32)
-    weight[np.arange(channels), np.arange(channels)] = 1
+    weight = weights.get((channels, rank))
+    if weight is None:
+        weight = np.zeros([channels, channels] + [1] * (rank - 2), np.float32)
+        weight[np.arange(channels), np.arange(channels)] = 1
+        weights[channels, rank] = weight
     result = gs.Variable(model.unique(f"{tensor.name}_wide"), tensor.dtype, list(tensor.shape))
     return gs.Node(
         op="Conv",
