@@ -154,21 +154,23 @@ def _positive_int(text: str) -> int:
     return int(text)
 
 
-def _share(text: str) -> float:
+def _number(text: str) -> float:
+    """The number, or a negative one if it is none."""
     try:
-        value = float(text)
+        return float(text)
     except ValueError:
-        value = -1.0
+        return -1.0
+
+
+def _share(text: str) -> float:
+    value = _number(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is not a number from 0 to 1")
     return value
 
 
 def _positive_float(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
+    value = _number(text)
     if not value > 0:
         raise argparse.ArgumentTypeError(f"'{text}' is not a positive number")
     return value

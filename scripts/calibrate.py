@@ -21,7 +21,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -29,6 +28,7 @@ import onnxruntime as ort
 from onnx import helper, numpy_helper
 
 import publish
+from kernel_times import kernel_events
 from onnx_simplify.planning import profiles
 from onnx_simplify.planning.costs import Layer, convolution, is_blocked, terms
 
@@ -98,9 +98,8 @@ def kernel_times(layer: Layer, folder: str) -> dict[str, float]:
     for _ in range(RUNS):
         run.run(None, {"x": data})
     found: dict[str, list[float]] = {}
-    for event in json.loads(Path(run.end_profiling()).read_text()):
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            found.setdefault(event["args"]["op_name"], []).append(event["dur"] * 1e3)
+    for event in kernel_events(run):
+        found.setdefault(event["args"]["op_name"], []).append(event["dur"] * 1e3)
     return {op: statistics.median(times[2:]) for op, times in found.items()}
 
 

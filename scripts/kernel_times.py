@@ -17,6 +17,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -41,6 +42,16 @@ class Kernel:
     shapes: str
 
 
+def kernel_events(session: ort.InferenceSession) -> list[dict[str, Any]]:
+    """What a session's profiler recorded of its kernels; ends the profiling."""
+    events = json.loads(Path(session.end_profiling()).read_text())
+    return [
+        event
+        for event in events
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
+    ]
+
+
 def kernels(path: str) -> list[Kernel]:
     """All kernels of a model, in execution order."""
     model = load(path)
@@ -54,13 +65,12 @@ def kernels(path: str) -> list[Kernel]:
         session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         for _ in range(RUNS):
             session.run(None, feeds)
-        events = json.loads(Path(session.end_profiling()).read_text())
+        events = kernel_events(session)
     times: dict[str, list[float]] = {}
     first: dict[str, dict] = {}
     for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            times.setdefault(event["name"], []).append(event["dur"])
-            first.setdefault(event["name"], event["args"])
+        times.setdefault(event["name"], []).append(event["dur"])
+        first.setdefault(event["name"], event["args"])
     found = []
     for name, values in times.items():
         arguments = first[name]

@@ -246,6 +246,21 @@ def small_cnn(
     return g
 
 
+def gated_constants() -> ModelProto:
+    """Constants times a map, clipped to one value, beside channels that vary; a padded reader."""
+    g = Graph()
+    x = g.input("x", ["n", 3, 8, 8])
+    fixed = g.conv(x, np.zeros((4, 3, 1, 1), np.float32), np.abs(g.normal(4)) + 1)
+    weight = np.abs(g.normal(1, 4, 3, 3)) + 0.5
+    gate = g.conv(fixed, weight, np.array([-3], np.float32), pads=[1] * 4)
+    wide = g.conv(x, np.zeros((2, 3, 1, 1), np.float32), np.array([1, 2], np.float32))
+    low, high = np.array(0.05, np.float32), np.array(0.1, np.float32)
+    clipped = g.op("Clip", g.op("Mul", wide, gate), low, high)
+    y = g.op("Concat", clipped, g.conv(x, g.normal(3, 3, 1, 1), g.normal(3)), axis=1)
+    g.output(g.conv(y, g.normal(4, 5, 3, 3), g.normal(4), pads=[1] * 4))
+    return g.model()
+
+
 def initializer(model: ModelProto, name: str) -> np.ndarray:
     """The values of an initializer."""
     return numpy_helper.to_array(next(t for t in model.graph.initializer if t.name == name))

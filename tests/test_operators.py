@@ -7,7 +7,7 @@ import onnx
 import pytest
 
 import onnx_simplify
-from build import Graph, assert_same_function, count, initializer, pruned
+from build import Graph, assert_same_function, count, gated_constants, initializer, pruned
 from onnx_simplify.channels.analysis import Analysis
 from onnx_simplify.graph.model import load
 
@@ -377,17 +377,8 @@ def test_sizes_that_are_not_known_are_not_equal():
 
 
 def test_map_that_a_representative_is_computed_from_stays():
-    g = Graph()
-    x = g.input("x", ["n", 3, 8, 8])
-    fixed = g.conv(x, np.zeros((4, 3, 1, 1), np.float32), np.abs(g.normal(4)) + 1)
-    gate_weight = np.abs(g.normal(1, 4, 3, 3)) + 0.5
-    gate = g.conv(fixed, gate_weight, np.array([-3], np.float32), pads=[1] * 4)
-    wide = g.conv(x, np.zeros((2, 3, 1, 1), np.float32), np.array([1, 2], np.float32))
     # The gate is a map; clipped, the product is the same everywhere and stands for the others.
-    clipped = g.op("Clip", g.op("Mul", wide, gate), number(0.05), number(0.1))
-    y = g.op("Concat", clipped, g.conv(x, g.normal(3, 3, 1, 1), g.normal(3)), axis=1)
-    g.output(g.conv(y, g.normal(4, 5, 3, 3), g.normal(4), pads=[1] * 4))
-    model = g.model()
+    model = gated_constants()
     feeds = [{"x": np.random.default_rng(0).standard_normal((2, 3, 8, 8)).astype(np.float32)}]
     step = onnx_simplify.propagate_bias(model, target="avx2")
     assert_same_function(model, step, feeds)

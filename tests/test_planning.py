@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import ModelProto
 
-from build import Graph, assert_same_function, initializer, pruned, random_feeds
+from build import (
+    Graph,
+    assert_same_function,
+    gated_constants,
+    initializer,
+    pruned,
+    random_feeds,
+)
 from onnx_simplify import propagate_bias, simplify
 from onnx_simplify.passes.propagate_bias import basis
 from onnx_simplify.planning import profiles
@@ -123,17 +130,7 @@ def test_uniform_and_mapped_channels_of_a_padded_convolution(plan):
 def test_what_stand_ins_are_computed_from_stays_whole(plan):
     # The gate is a map that only the channel needs that stands for the other one; it reads
     # constants, which are absorbed.
-    g = Graph()
-    x = g.input("x", ["n", 3, 8, 8])
-    fixed = g.conv(x, np.zeros((4, 3, 1, 1), np.float32), np.abs(g.normal(4)) + 1)
-    weight = np.abs(g.normal(1, 4, 3, 3)) + 0.5
-    gate = g.conv(fixed, weight, np.array([-3], np.float32), pads=[1] * 4)
-    wide = g.conv(x, np.zeros((2, 3, 1, 1), np.float32), np.array([1, 2], np.float32))
-    low, high = np.array(0.05, np.float32), np.array(0.1, np.float32)
-    clipped = g.op("Clip", g.op("Mul", wide, gate), low, high)
-    y = g.op("Concat", clipped, g.conv(x, g.normal(3, 3, 1, 1), g.normal(3)), axis=1)
-    g.output(g.conv(y, g.normal(4, 5, 3, 3), g.normal(4), pads=[1] * 4))
-    model = g.model()
+    model = gated_constants()
     for costs in (ALWAYS, NEVER):
         plan(**costs)
         step = propagate_bias(model, target="avx512")

@@ -224,6 +224,14 @@ def test_balancing_seven_halves_exactly():
 # Shuffles and maps
 
 
+def absorbed(model: ModelProto) -> ModelProto:
+    """The model after the pass alone."""
+    working = load(model)
+    clean(working)
+    absorb_gathers(working, Planner(AVX512))
+    return working.to_proto()
+
+
 @pytest.mark.parametrize("takes", ["split", "slice"])
 def test_gathers_go_into_their_readers(takes):
     g = Graph(seed=2)
@@ -239,10 +247,7 @@ def test_gathers_go_into_their_readers(takes):
     a = g.conv(a, g.normal(4, 5, 3, 3), g.normal(4), pads=[1] * 4)
     g.output(a, g.op("Relu", b))
     model = g.model()
-    working = load(model)
-    clean(working)
-    absorb_gathers(working, Planner(AVX512))
-    result = working.to_proto()
+    result = absorbed(model)
     assert_same_function(model, result, random_feeds(model))
     assert count(result, "Split") == count(result, "Slice") == 0
     # A convolution of twelve channels, some of them zeros, is faster than a copy.
@@ -262,10 +267,7 @@ def test_gathers_of_other_things_stay():
         picked,
     )
     model = g.model()
-    working = load(model)
-    clean(working)
-    absorb_gathers(working, Planner(AVX512))
-    result = working.to_proto()
+    result = absorbed(model)
     assert_same_function(model, result, random_feeds(model))
     assert count(result, "Gather") == 3
 

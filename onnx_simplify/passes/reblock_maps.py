@@ -31,7 +31,7 @@ def reblock_maps(model: Model, profile: Profile) -> None:
         model: a simplified model, its maps being initializers.
         profile: the target; nothing is done where there is no blocked layout.
     """
-    if profile.block == 1 or not profile.rearrange:
+    if not profile.rearranges_blocks:
         return
     readers = consumers(model)
     producer = {t.name: n for n in model.graph.nodes for t in n.outputs}

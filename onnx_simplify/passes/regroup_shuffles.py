@@ -24,12 +24,11 @@ def regroup_shuffles(analysis: Analysis, alive: np.ndarray) -> bool:
         Whether anything was rewritten; the analysis is then out of date.
     """
     model = analysis.model
-    producer = {t.name: n for n in model.graph.nodes for t in n.outputs if t.name}
     swap: dict[int, gs.Node] = {}
     for node in model.graph.nodes:
         if node.op != "Reshape" or not analysis.has(node.outputs[0]):
             continue
-        chain = _chain(analysis, producer, node)
+        chain = _chain(analysis, node)
         if chain is None or all(_is_grid(analysis, n.outputs[0], alive) for n in chain):
             continue
         found = _permutation(analysis, chain)
@@ -55,13 +54,11 @@ def regroup_shuffles(analysis: Analysis, alive: np.ndarray) -> bool:
     return True
 
 
-def _chain(
-    analysis: Analysis, producer: dict[str, gs.Node], last: gs.Node
-) -> list[gs.Node] | None:
+def _chain(analysis: Analysis, last: gs.Node) -> list[gs.Node] | None:
     """The nodes Reshape, Transpose, ..., Reshape that end at ``last``, first one first."""
     nodes = [last]
     while True:
-        node = producer.get(nodes[-1].inputs[0].name)
+        node = analysis.producer.get(nodes[-1].inputs[0].name)
         if node is None or node.op not in ("Reshape", "Transpose"):
             break
         nodes.append(node)

@@ -49,11 +49,10 @@ def split_sums(analysis: Analysis, planner: Planner) -> bool:
             if name in analysis.level
         }
     )
-    producer = {t.name: n for n in model.graph.nodes for t in n.outputs if t.name}
     streams: dict[bytes, dict[str, tuple[gs.Tensor, Operand]]] = {}
     for node in model.graph.nodes:
         for tensor in _operands(analysis, node):
-            operand = _operand(analysis, alive, producer, tensor)
+            operand = _operand(analysis, alive, tensor)
             if operand is not None:
                 key = analysis.layouts.of[node.outputs[0].name].tobytes()
                 streams.setdefault(key, {})[tensor.name] = tensor, operand
@@ -96,15 +95,13 @@ def _operands(analysis: Analysis, node: gs.Node) -> list[gs.Tensor]:
     return found if same and len(found) == 2 else []
 
 
-def _operand(
-    analysis: Analysis, alive: np.ndarray, producer: dict[str, gs.Node], tensor: gs.Tensor
-) -> Operand | None:
+def _operand(analysis: Analysis, alive: np.ndarray, tensor: gs.Tensor) -> Operand | None:
     """What the planner has to know of an operand; None if it cannot be narrow."""
     layout = analysis.layouts.of[tensor.name]
     shape = analysis.shape(tensor)
     if tensor.dtype != np.float32 or layout.ndim < 3 or layout.shape[1] != layout.size:
         return None
-    maker = _maker(analysis, producer, tensor)
+    maker = _maker(analysis, tensor)
     if maker is None or shape[1] != layout.size or layout.size == 1:
         return None
     rule = analysis.rule[id(maker)]
@@ -118,11 +115,9 @@ def _operand(
     return Operand(varies, layer, int(np.prod(space)))
 
 
-def _maker(
-    analysis: Analysis, producer: dict[str, gs.Node], tensor: gs.Tensor
-) -> gs.Node | None:
+def _maker(analysis: Analysis, tensor: gs.Tensor) -> gs.Node | None:
     """The convolution that makes a tensor's channels, with pooling or activations in between."""
-    node = producer.get(tensor.name)
+    node = analysis.producer.get(tensor.name)
     while node is not None:
         rule = analysis.rule[id(node)]
         if isinstance(rule, Convolution):
@@ -130,7 +125,7 @@ def _maker(
         followed = [t for t in node.inputs if analysis.has(t)]
         if len(followed) != 1 or not isinstance(rule, (Elementwise, Spatial)):
             return None
-        node = producer.get(followed[0].name)
+        node = analysis.producer.get(followed[0].name)
     return None
 
 

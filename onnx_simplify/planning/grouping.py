@@ -32,10 +32,12 @@ def merge_groups(
         By ``id(node)``. The channels of a merger may not all be alive: dead ones fill it up.
     """
     found: dict[int, Merger] = {}
+    if not profile.rearranges_blocks:
+        return found
     taken: set[int] = set()
     for node in analysis.model.graph.nodes:
         rule = analysis.rule[id(node)]
-        if not isinstance(rule, Convolution) or not profile.rearrange or profile.block == 1:
+        if not isinstance(rule, Convolution):
             continue
         groups, outputs, inputs = rule.dims(node)
         if groups == 1 or (outputs, inputs) == (1, 1):

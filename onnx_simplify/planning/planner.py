@@ -118,7 +118,7 @@ class Planner:
         onnxruntime concatenates in its blocked layout then, and whatever comes behind stays in it.
         """
         block = self.profile.block
-        if block == 1 or not self.profile.rearrange or node.attrs.get("axis", 0) != 1:
+        if not self.profile.rearranges_blocks or node.attrs.get("axis", 0) != 1:
             return False
         users = analysis.layouts.readers.get(node.outputs[0].name, ())
         if not all(user.op in _BLOCKED for user, _ in users):

@@ -56,6 +56,11 @@ class Profile:
     map_start_cost: float = 8000
     rearrange: bool = True
 
+    @property
+    def rearranges_blocks(self) -> bool:
+        """Whether channels may be rearranged for the sake of blocks, of which there are any."""
+        return self.rearrange and self.block > 1
+
 
 # Vectors half as wide; 64 channels at 56x56 take about 3.4 ms per 3x3 convolution.
 _AVX2 = Profile("avx2", 8, 4, mac_cost=0.03, depthwise_mac_cost=0.03, plain_mac_cost=0.03)

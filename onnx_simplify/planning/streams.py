@@ -198,7 +198,7 @@ def merge_placements(
         By ``id(node)``. The channels of a merger may not all be alive: dead ones fill it up.
     """
     found: dict[int, Merger] = {}
-    if profile.block == 1 or not profile.rearrange:
+    if not profile.rearranges_blocks:
         return found
     streams: dict[bytes, list[gs.Node]] = {}
     for node in analysis.model.graph.nodes:

@@ -79,17 +79,16 @@ def measure(analysis: Analysis, runs: Sequence[Feeds]) -> None:
 
 def _chains(analysis: Analysis, names: Collection[str]) -> dict[str, list[gs.Node]]:
     """For tensors behind a pooling, the nodes that pass their uniform constants on unchanged."""
-    producer = {t.name: n for n in analysis.model.graph.nodes for t in n.outputs if t.name}
     found = {}
     for name in names:
         chain: list[gs.Node] = []
-        node = producer.get(name)
+        node = analysis.producer.get(name)
         while node is not None and analysis.has(node.inputs[0]):
             zeros = np.zeros(analysis.layouts.of[node.inputs[0].name].shape)
             if analysis.rule[id(node)].passed(node, analysis, zeros) is None:
                 break
             chain.insert(0, node)
-            node = producer.get(node.inputs[0].name)
+            node = analysis.producer.get(node.inputs[0].name)
         if any(isinstance(analysis.rule[id(n)], (Spatial, Reduce)) for n in chain):
             found[name] = chain
     return found
