@@ -73,23 +73,22 @@ def process(file: str) -> None:
             slim = [sys.executable, "-m", "onnxslim", file, out]
             commands["onnxslim"] = slim
             commands["onnxslim --model-check"] = [*slim, "--model-check"]
-        found: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
+        found: dict[str, list[tuple[float, float, int]]] = {name: [] for name in commands}
         for _ in range(RUNS):
             for name, command in commands.items():
-                found[name].append(_measure(command))
+                found[name].append(run(command))
     for name, runs in found.items():
-        wall, peak = (statistics.median(column) for column in zip(*runs, strict=True))
+        wall, peak, _ = (statistics.median(column) for column in zip(*runs, strict=True))
         print(f"{name:24} {wall:6.2f} s {peak:7.0f} MiB")
 
 
-def _measure(command: list[str]) -> tuple[float, float]:
-    """Wall seconds and peak MiB of one run."""
+def run(command: list[str]) -> tuple[float, float, int]:
+    """Wall seconds, peak MiB and exit code of a process that prints nothing but errors."""
     start = time.perf_counter()
-    child = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT
-    )
-    _, _, usage = os.wait4(child.pid, 0)
-    return time.perf_counter() - start, usage.ru_maxrss / 1024
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=ROOT)
+    _, status, usage = os.wait4(child.pid, 0)
+    seconds = time.perf_counter() - start
+    return seconds, usage.ru_maxrss / 1024, os.waitstatus_to_exitcode(status)
 
 
 if __name__ == "__main__":

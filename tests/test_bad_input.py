@@ -643,7 +643,12 @@ def test_write_that_really_fails(folder, sample, options):
 
 def test_full_disk_for_the_report(cli, folder, monkeypatch):
     (folder / "report.json").write_text("old")
-    monkeypatch.setattr(Path, "write_text", full_disk)
+    write = store._write
+
+    def fail(path: Path, data: object) -> int:
+        return full_disk() if path.suffix == ".json" else write(path, data)
+
+    monkeypatch.setattr(store, "_write", fail)
     result = cli(folder / "in.onnx", folder / "out.onnx", "--json", folder / "report.json")
     assert result.code == 2 and result.err.count("\n") == 1
     assert os.strerror(errno.ENOSPC) in result.err

@@ -11,6 +11,9 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from onnx_simplify.graph.model import Model
 
+DERIVED = "_derived"
+"""Attribute of an initializer that holds what was computed from its values."""
+
 
 class ZeroedSlices(LazyValues):
     """An array some slices of which are zero, written down without copying the array.
@@ -113,6 +116,8 @@ def _is_add(node: gs.Node) -> bool:
 
 
 _NOTHING = np.zeros(0, np.float32)
+# After so many bytes of new weights, the pages of mapped ones are dropped.
+_RELEASE = 1 << 28
 
 
 class Editor:
@@ -124,6 +129,7 @@ class Editor:
         self.readers = consumers(model) if readers is None else readers
         self._users = Counter({name: len(users) for name, users in self.readers.items()})
         self._shared: dict[tuple[object, ...], gs.Constant] = {}
+        self._written = 0
         self._before: dict[int, list[gs.Node]] = {}
         self._after: dict[int, list[gs.Node]] = {}
 
@@ -143,6 +149,7 @@ class Editor:
             new = gs.Constant(old.name, values)
             # Tensors are in reference cycles: without this, the array would live on for long.
             old.values = _NOTHING
+            old.__dict__.pop(DERIVED, None)
         else:
             values = values if isinstance(values, np.ndarray) else values.load()
             key = (old.name, values.shape, values.dtype.str, values.tobytes())
@@ -151,6 +158,10 @@ class Editor:
             # It may get more users, so none of them has it for itself.
             self._users[new.name] = 2
         set_input(node, index, new)
+        self._written += values.nbytes
+        if self._written > _RELEASE:
+            self.model.release()
+            self._written = 0
 
     def before(self, node: gs.Node, new: gs.Node) -> None:
         """Insert ``new`` in front of ``node`` at the end."""

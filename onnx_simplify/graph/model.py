@@ -337,9 +337,10 @@ def load(source: ModelSource) -> Model:
     _check_text(proto)
     if not proto.graph.node and not proto.graph.output:
         raise ModelError("not an ONNX model: it has no graph")
+    files: dict[Path, np.ndarray] = {}
     for tensor in proto.graph.initializer:
         if tensor.name not in arrays:
-            arrays[tensor.name] = _read(tensor, folder)
+            arrays[tensor.name] = _read(tensor, folder, files)
             if source_bytes is not None and tensor.data_location == TensorProto.EXTERNAL:
                 source_bytes += arrays[tensor.name].nbytes
     _check(proto)
@@ -573,7 +574,10 @@ def _view(tensor: TensorProto, raw: np.ndarray) -> np.ndarray:
         ) from error
 
 
-def _read(tensor: TensorProto, folder: Path | None) -> np.ndarray:
+def _read(
+    tensor: TensorProto, folder: Path | None, files: dict[Path, np.ndarray]
+) -> np.ndarray:
+    """The values of an initializer; files of external data are mapped once, into ``files``."""
     if tensor.data_location != TensorProto.EXTERNAL:
         try:
             return numpy_helper.to_array(tensor)
@@ -600,7 +604,9 @@ def _read(tensor: TensorProto, folder: Path | None) -> np.ndarray:
         raise ModelError(
             f"initializer '{tensor.name}' has a malformed external location"
         ) from error
-    data = _map_file(path)
+    if path not in files:
+        files[path] = _map_file(path)
+    data = files[path]
     if offset < 0 or length < 0 or offset + length > len(data):
         raise ModelError(f"external data file '{location}' is too short for '{tensor.name}'")
     raw = np.frombuffer(data, np.uint8)[offset : offset + length]

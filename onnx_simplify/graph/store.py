@@ -1,10 +1,23 @@
-"""Write models: atomically, and without building one message that holds all weights."""
+"""Write models: atomically, and without building one message that holds all weights.
+
+A file is written in a hidden folder beside its place and moved there when it is complete.  A model
+with external data is two files, which no file system replaces at once; the old pair is left in
+steps, after each of which the model names a data file that is its own (see `_replace_pair`).
+
+Whoever writes holds a lock on his hidden folder, so that the next one knows which were left behind
+by a process that died, and removes them; moving files about is done under a lock on the folder.
+"""
 
 from __future__ import annotations
 
+import errno
+import glob
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,10 +29,22 @@ from onnx_simplify.errors import ModelError
 from onnx_simplify.graph.model import MESSAGE_LIMIT, Model
 from onnx_simplify.graph.wire import GRAPH, INITIALIZER, RAW_DATA, length_prefix
 
+try:
+    import fcntl
+except ImportError:  # Windows: no locks, and what a dead process leaves stays
+    fcntl = None  # type: ignore[assignment]
+
 # Where external tensors start in the data file: page-aligned, so that they can be mapped.
 _ALIGNMENT = 4096
-# The file system allows 255 bytes; the data file's name has five more.
-_LONGEST_NAME = 250
+# Names beside that of the output contain it.
+_MARK = "onnx-simplify"
+# The file system allows 255 bytes; a data file's name has so many more.
+_LONGEST_NAME = 255 - len(f".{_MARK}-12345678.data")
+# Seconds to wait for others that move files about.
+_PATIENCE = 10.0
+
+Places = dict[str, tuple[int, int]]
+"""Offset and length of each tensor in a data file."""
 
 
 def save(model: Model, path: str | os.PathLike[str], *, external: bool = False) -> int:
@@ -41,23 +66,19 @@ def save(model: Model, path: str | os.PathLike[str], *, external: bool = False) 
     proto, large = model.structure()
     external = external or sum(t.values.nbytes for t in large.values()) > MESSAGE_LIMIT
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=_prefix(path)) as folder:
-            new = Path(folder, path.name)
-            with open(new, "wb") as file:
-                if external:
-                    data = Path(folder, f"{path.name}.data")
-                    _write_external(proto, large, file, data, f"{path.name}.data")
-                else:
-                    for piece in _pieces(proto, large):
-                        file.write(piece)
-                file.flush()
-                os.fsync(file.fileno())
-            _keep_mode(path, new)
-            size = new.stat().st_size
+        with _workspace(path) as folder:
             if external:
-                size += data.stat().st_size
-                os.replace(data, path.with_name(f"{path.name}.data"))
-            os.replace(new, path)
+                data = folder / "data"
+                places = _write_data(proto, large, data)
+                size = data.stat().st_size
+                with _locked(path.parent):
+                    return size + _replace_pair(path, data, proto, places)
+            new = folder / path.name
+            size = _write(new, _pieces(proto, large))
+            _keep_mode(path, new)
+            with _locked(path.parent):
+                os.replace(new, path)
+                _drop_leftovers(path)
             return size
     except OSError as error:
         raise ModelError(f"{path} cannot be written: {error.strerror or error}") from error
@@ -93,22 +114,130 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """
     path = Path(os.path.realpath(path))
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=_prefix(path)) as folder:
-            new = Path(folder, path.name)
-            new.write_text(text, encoding="utf-8")
+        with _workspace(path) as folder:
+            new = folder / path.name
+            _write(new, [text.encode()])
             _keep_mode(path, new)
             os.replace(new, path)
     except OSError as error:
         raise ModelError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def _prefix(path: Path) -> str:
-    return f".{path.name[:32]}."
-
-
 def serialized_size(model: Model) -> int:
     """Size in bytes of the model as a single file."""
     return sum(memoryview(piece).nbytes for piece in _pieces(*model.structure()))
+
+
+@contextmanager
+def _workspace(path: Path) -> Iterator[Path]:
+    """A hidden folder beside a file, for this process alone; it is removed in the end."""
+    prefix = f".{path.name[:32]}.{_MARK}-"
+    with _locked(path.parent):
+        for old in path.parent.glob(f"{glob.escape(prefix)}*"):
+            lock = _lock(old)
+            if lock is not None:
+                shutil.rmtree(old, ignore_errors=True)
+                os.close(lock)
+        folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=prefix))
+        lock = _lock(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """A descriptor that holds a lock on a folder, or None if another process has it."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (OSError, AttributeError):  # there are file systems without locks
+        os.close(handle)
+        return None
+    return handle
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Wait for a lock on a folder and hold it; whoever waits in vain goes on without."""
+    patience = time.monotonic() + _PATIENCE
+    lock = _lock(folder)
+    while lock is None and fcntl is not None and time.monotonic() < patience:
+        time.sleep(0.01)
+        lock = _lock(folder)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> int:
+    """Write a file to the disk; returns its size."""
+    with open(path, "wb") as file:
+        for piece in pieces:
+            file.write(piece)
+        _sync(file)
+    return path.stat().st_size
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _replace_pair(path: Path, data: Path, proto: ModelProto, places: Places) -> int:
+    """Move a model and its data to their places; the folder must be locked.
+
+    The model must never name the data of another one.  So where there is a data file already, the
+    new one gets a name of its own at first, the model names that, and both get their final names
+    when nobody refers to the old file any more.  The file having two names for an instant, which
+    some readers refuse, everything is ready before.
+
+    Args:
+        path: the place of the model.
+        data: the complete data file.
+        proto: the model.
+        places: where its tensors are in the data file.
+
+    Returns:
+        The size of the model without its data.
+    """
+    final = path.with_name(f"{path.name}.data")
+    new = data.with_name(path.name)
+    if final.is_dir():
+        raise IsADirectoryError(errno.EISDIR, f"{final.name} is a folder")
+    size = _write(new, [_naming(proto, places, final.name)])
+    _keep_mode(path, new)
+    _keep_mode(final, data)
+    if final.exists():
+        own = path.with_name(f"{path.name}.{_MARK}-{data.parent.name[-8:]}.data")
+        first = data.with_name("first")
+        _write(first, [_naming(proto, places, own.name)])
+        _keep_mode(path, first)
+        os.replace(data, own)
+        os.replace(first, path)
+        try:
+            os.link(own, data)
+        except OSError:  # a file system without links: the name of its own has to do
+            final.unlink()
+            return size
+    os.replace(data, final)
+    os.replace(new, path)
+    _drop_leftovers(path)
+    return size
+
+
+def _drop_leftovers(path: Path) -> None:
+    """Remove data files with names of their own, to which no model refers any more."""
+    for old in path.parent.glob(f"{glob.escape(path.name)}.{_MARK}-*.data"):
+        with suppress(OSError):
+            old.unlink()
 
 
 def _keep_mode(old: Path, new: Path) -> None:
@@ -151,27 +280,30 @@ def _pieces(proto: ModelProto, large: dict[str, gs.Constant]) -> Iterator[bytes 
     yield from tensors
 
 
-def _write_external(
-    proto: ModelProto, large: dict[str, gs.Constant], file: BinaryIO, data: Path, location: str
-) -> None:
-    with open(data, "wb") as out:
+def _write_data(proto: ModelProto, large: dict[str, gs.Constant], path: Path) -> Places:
+    """Write large initializers to a file; returns where each of them is."""
+    places = {}
+    with open(path, "wb") as file:
         for tensor in proto.graph.initializer:
-            if tensor.name not in large:
-                continue
-            out.seek(-out.tell() % _ALIGNMENT, os.SEEK_CUR)
-            raw = _bytes(large[tensor.name].values)
+            if tensor.name in large:
+                file.seek(-file.tell() % _ALIGNMENT, os.SEEK_CUR)
+                raw = _bytes(large[tensor.name].values)
+                places[tensor.name] = file.tell(), raw.nbytes
+                file.write(raw)
+        file.truncate()
+        _sync(file)
+    return places
+
+
+def _naming(proto: ModelProto, places: Places, location: str) -> bytes:
+    """The serialized model, its large initializers being in the data file of that name."""
+    for tensor in proto.graph.initializer:
+        if tensor.name in places:
+            offset, length = places[tensor.name]
             del tensor.external_data[:]
-            for key, value in (
-                ("location", location),
-                ("offset", str(out.tell())),
-                ("length", str(raw.nbytes)),
-            ):
-                tensor.external_data.add(key=key, value=value)
-            out.write(raw)
-        out.truncate()
-        out.flush()
-        os.fsync(out.fileno())
-    file.write(proto.SerializeToString())
+            for key, value in (("location", location), ("offset", offset), ("length", length)):
+                tensor.external_data.add(key=key, value=str(value))
+    return proto.SerializeToString()
 
 
 def _bytes(values: np.ndarray) -> memoryview:

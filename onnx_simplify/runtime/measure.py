@@ -71,6 +71,7 @@ def measure(analysis: Analysis, runs: Sequence[Feeds]) -> None:
                         constants.record(name, constant & as_expected, values)
                     else:
                         constants.confirm(name, values, same_sizes=number == 1)
+        analysis.model.release()
         for name, chain in chains.items():
             _pass_on(analysis, constants, name, chain)
     analysis.constants = constants

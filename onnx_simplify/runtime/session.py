@@ -14,6 +14,8 @@ from onnx_simplify.graph.model import Model, headless
 from onnx_simplify.runtime.widen import as_float32, widen
 
 PROVIDERS = ["CPUExecutionProvider"]
+# Weights of more bytes are only optimised where that is the point: it copies them.
+_LARGE = 1 << 30
 
 
 class Session:
@@ -31,6 +33,7 @@ class Session:
         *,
         threads: int = 0,
         optimize: bool = False,
+        always: bool = True,
     ):
         """Open a session.
 
@@ -39,8 +42,10 @@ class Session:
             extra_outputs: inner tensors to expose behind the graph's own outputs.
             threads: intra-op threads; 0 lets onnxruntime decide.
             optimize: apply onnxruntime's graph optimisations and weight packing, as a deployment
-                would; without, weights are fed as inputs, which saves opening the session two
-                copies of them.
+                would (see ``always``); without, weights are fed as inputs, which saves opening
+                the session two copies of them.
+            always: with ``optimize``, also if there is more than 1 GiB of weights, which takes one
+                to three times their memory.
         """
         proto, constants = model.structure(extra_outputs)
         large = {name: tensor.values for name, tensor in constants.items()}
@@ -50,6 +55,8 @@ class Session:
             large = {name: as_float32(values) for name, values in large.items()}
         self.output_names = [o.name for o in proto.graph.output]
         self._weights: dict[str, np.ndarray] = {}
+        if not always and sum(a.nbytes for a in large.values()) > _LARGE:
+            optimize = False
         if not optimize and all(a.dtype.kind in "fiub" for a in large.values()):
             try:
                 self._open(headless(proto), session_options(threads=threads, optimize=False))

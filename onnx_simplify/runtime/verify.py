@@ -266,7 +266,7 @@ class Reference:
             return self._outputs(simplified, optimize=False)
 
     def _outputs(self, model: Model, optimize: bool) -> list[list[np.ndarray]]:
-        session = Session(model, optimize=optimize)
+        session = Session(model, optimize=optimize, always=False)
         if session.output_names != self.names:
             raise ValueError("the outputs have other names")
         return [session.run(run.feeds) for run in self.runs]

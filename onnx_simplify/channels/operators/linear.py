@@ -26,7 +26,7 @@ from onnx_simplify.channels.operators.base import (
     windowed,
 )
 from onnx_simplify.channels.values import MAP, UNIFORM, VARYING
-from onnx_simplify.graph.edit import Values, ZeroedSlices
+from onnx_simplify.graph.edit import DERIVED, Values, ZeroedSlices
 from onnx_simplify.graph.shapes import Dim
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class Linear(Operator):
         tensor = node.inputs[index]
         # Asked for many times; the same weights may serve several nodes in different ways.
         key = self._orientation(node)
-        known = tensor.__dict__.setdefault("_used", {})
+        known = tensor.__dict__.setdefault(DERIVED, {})
         if key not in known:
             used = self.weights(node) != 0
             axes = tuple(range(3, used.ndim))
@@ -144,7 +144,7 @@ class Linear(Operator):
         else:
             axis = self.column_axis(node)
             put(node, index, ZeroedSlices(node.inputs[index].values, axis, mask))
-        node.inputs[index].__dict__["_used"] = {self._orientation(node): used}
+        node.inputs[index].__dict__[DERIVED] = {self._orientation(node): used}
 
     def column_axis(self, node: gs.Node) -> int:
         """Axis of the weight (0 or 1) that runs over input channels, for a single group."""
