@@ -4,22 +4,27 @@
 three steps.  See :mod:`onnx_simplify.api`.
 """
 
-from onnx_simplify.api import (
-    benchmark,
-    fold_batchnorm,
-    get_bn_folding,
-    get_pinned,
-    propagate_bias,
-    remove_zeroed,
-    simplify,
-    verify,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from onnx_simplify.errors import CannotVerifyError, ModelError, SimplifyError, VerificationError
-from onnx_simplify.pipeline import PASSES
-from onnx_simplify.report import Report
-from onnx_simplify.runtime.benchmark import Timing
-from onnx_simplify.runtime.verify import Verification
 from onnx_simplify.version import __version__
+
+if TYPE_CHECKING:
+    from onnx_simplify.api import (
+        benchmark,
+        fold_batchnorm,
+        get_bn_folding,
+        get_pinned,
+        propagate_bias,
+        remove_zeroed,
+        simplify,
+        verify,
+    )
+    from onnx_simplify.pipeline import PASSES
+    from onnx_simplify.report import Report
+    from onnx_simplify.runtime.benchmark import Timing
+    from onnx_simplify.runtime.verify import Verification
 
 __all__ = [
     "PASSES",
@@ -40,3 +45,25 @@ __all__ = [
     "simplify",
     "verify",
 ]
+
+# Where names are that need onnxruntime. It is loaded when the first of them is asked for, so that
+# the command line can start the process it works in before: onnxruntime does not survive a fork.
+_HOMES = {
+    "PASSES": "pipeline",
+    "Report": "report",
+    "Timing": "runtime.benchmark",
+    "Verification": "runtime.verify",
+}
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name):
+        """Import what was asked for."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_HOMES.get(name, 'api')}"), name)
+        globals()[name] = value
+        return value
+
+    def __dir__():
+        return sorted(__all__)

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import sys
 
+from onnx_simplify.isolation import isolated
+
 
 def main() -> int:
     """Run the command line and return its exit code."""
-    from onnx_simplify.cli import main as run
 
-    return run(sys.argv[1:])
+    def work() -> int:
+        from onnx_simplify.cli import main as run
+
+        return run(sys.argv[1:])
+
+    return isolated(work)
 
 
 if __name__ == "__main__":

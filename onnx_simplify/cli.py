@@ -28,6 +28,7 @@ from onnx_simplify.pipeline import PASSES, Options
 from onnx_simplify.planning.profiles import PROFILES
 from onnx_simplify.report import Report
 from onnx_simplify.runtime.benchmark import Timing
+from onnx_simplify.runtime.session import silence
 from onnx_simplify.version import __version__
 
 _EPILOG = """exit codes:
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     if options.output is None and not options.inspect:
         parser.error("OUT is missing (only --inspect goes without)")
+    silence()
     try:
         return _run(options)
     except SimplifyError as error:

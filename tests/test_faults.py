@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -171,3 +173,55 @@ def test_many_external_tensors(tmp_path):
     np.testing.assert_array_equal(model.initializers()["b7"].values, values[7])
     got = Session(model).run({"x0": np.zeros((1, 300), np.float32)})[0][0]
     np.testing.assert_allclose(got, values.sum(0), rtol=1e-3, atol=1e-3)
+
+
+def in_isolation(work: str) -> subprocess.Popen[str]:
+    program = f"import os, sys, time\nfrom onnx_simplify.isolation import isolated\n{work}"
+    return subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the work is done in one process")
+@pytest.mark.parametrize(
+    "work, code, message",
+    [
+        ("lambda: 3", 3, ""),
+        ("lambda: sys.exit(1)", 1, ""),
+        ("lambda: os.kill(os.getpid(), signal.SIGSEGV)", 2, "SIGSEGV"),
+        ("os.abort", 2, "SIGABRT"),
+        ("lambda: os.kill(os.getpid(), signal.SIGKILL)", 2, "lack of memory"),
+        ("lambda: os.kill(os.getpid(), signal.SIGTERM)", -signal.SIGTERM, ""),
+    ],
+)
+def test_crash_of_native_code(work, code, message):
+    process = in_isolation(f"import signal\nsys.exit(isolated({work}))")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert message in errors and errors.count("\n") == bool(message)
+
+
+def is_alive(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the work is done in one process")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_work_ends_with_the_process(number):
+    process = in_isolation("isolated(lambda: print(os.getpid(), flush=True) or time.sleep(60))")
+    assert process.stdout is not None
+    child = int(process.stdout.readline())
+    process.send_signal(number)
+    assert process.wait(10) == -number
+    patience = time.monotonic() + 10
+    while is_alive(child) and time.monotonic() < patience:
+        time.sleep(0.01)
+    assert not is_alive(child)

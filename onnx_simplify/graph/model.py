@@ -591,12 +591,16 @@ def _read(
         raise ModelError(
             f"initializer '{tensor.name}' is stored outside the model: pass the model's path"
         )
-    base = folder.resolve()
-    path = (base / location).resolve()
-    if not location or os.path.isabs(location) or not path.is_relative_to(base):
-        raise ModelError(f"external data location '{location}' points outside the model's folder")
-    if not path.is_file():
-        raise ModelError(f"external data file '{location}' is missing: put it beside the model")
+    shown = location[:200]
+    try:
+        base = folder.resolve()
+        path = (base / location).resolve()
+        if not location or os.path.isabs(location) or not path.is_relative_to(base):
+            raise ModelError(f"external data location '{shown}' points outside the model's folder")
+        if not path.is_file():
+            raise ModelError(f"external data file '{shown}' is missing: put it beside the model")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"external data location '{shown}' is no name of a file") from error
     try:
         offset = int(entries.get("offset", 0))
         length = int(entries.get("length", path.stat().st_size - offset))
@@ -608,7 +612,7 @@ def _read(
         files[path] = _map_file(path)
     data = files[path]
     if offset < 0 or length < 0 or offset + length > len(data):
-        raise ModelError(f"external data file '{location}' is too short for '{tensor.name}'")
+        raise ModelError(f"external data file '{shown}' is too short for '{tensor.name}'")
     raw = np.frombuffer(data, np.uint8)[offset : offset + length]
     return _view(tensor, raw)
 

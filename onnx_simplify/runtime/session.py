@@ -18,6 +18,11 @@ PROVIDERS = ["CPUExecutionProvider"]
 _LARGE = 1 << 30
 
 
+def silence() -> None:
+    """Keep onnxruntime from writing to the standard error what it raises anyway."""
+    ort.set_default_logger_severity(4)
+
+
 class Session:
     """An onnxruntime CPU session; holds the weights it refers to.
 
