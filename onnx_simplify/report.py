@@ -17,6 +17,7 @@ from onnx_simplify.channels.operators.linear import Linear
 from onnx_simplify.channels.values import VARYING
 from onnx_simplify.graph.edit import label
 from onnx_simplify.graph.model import Model
+from onnx_simplify.graph.quantized import QuantizedConstant
 from onnx_simplify.graph.shapes import infer
 from onnx_simplify.graph.store import serialized_size
 from onnx_simplify.passes.clean import clean
@@ -155,8 +156,13 @@ def figures(model: Model, shapes: Mapping[str, Sequence[int]]) -> Figures:
     for node in model.graph.nodes:
         if node.op == "Constant":
             stored += [tuple(v.shape) for v in node.attrs.values() if isinstance(v, gs.Constant)]
+    nodes = Counter(n.op for n in model.graph.nodes)
+    quantized = {
+        t.name for n in model.graph.nodes for t in n.inputs if isinstance(t, QuantizedConstant)
+    }
+    nodes += Counter({"DequantizeLinear": len(quantized)})
     return Figures(
-        nodes=dict(sorted(Counter(n.op for n in model.graph.nodes).items())),
+        nodes=dict(sorted(nodes.items())),
         parameters=sum(int(np.prod(shape)) for shape in stored),
         macs=count_macs(model, shapes),
         bytes=serialized_size(model),

@@ -127,7 +127,7 @@ class Graph:
             tails = ["data", "weight", "bias", "mean", "var"]
         operands = []
         for i, value in enumerate(inputs):
-            if isinstance(value, np.ndarray):
+            if isinstance(value, (np.ndarray, np.generic)):
                 value = self.const(value, f"{label}.{tails[i] if i < len(tails) else i}")
             operands.append(value or "")
         for tensor in outputs:

@@ -87,6 +87,9 @@ class Builder:
         self.dynamic = self.chance(0.5)
         self.coupled = self.chance(0.5)
         self.anonymous = self.chance(0.25)
+        # Of a generator of its own, so that the other models stay what they are.
+        integers = np.random.default_rng([*seed, 1]).random() < 0.1
+        self.quantized = integers and self.dtype == np.float32
         self.style = int(rng.integers(3))
         self.widths = [int(w) for w in rng.choice([1, 2, 3, 4, 4, 6, 8, 8, 12], 3)]
         self.masks: dict[int, np.ndarray] = {}
@@ -351,15 +354,59 @@ def _window(b: Builder, n: int, pool: bool = False, dilate: bool = True) -> dict
     return attrs
 
 
+def _quantize(b: Builder, x: Tensor) -> tuple[Tensor, float]:
+    """An activation through QuantizeLinear and DequantizeLinear, and its scale."""
+    kind = np.dtype(b.choose([np.int8, np.uint8]))
+    largest = max(float(np.abs(v).max()) for v in x.values) or 1.0
+    scales, attrs = np.array(largest / 120, np.float32), {}
+    channels = x.dims[1] if x.rank > 1 else None
+    if b.opset >= 13 and channels is not None and b.chance(0.15):
+        scales = (scales * b.rng.uniform(0.7, 1.3, channels)).astype(np.float32)
+        attrs = {"axis": 1}
+    zeros = np.full(scales.shape, 128 if kind == np.uint8 else b.choose([0, 3]), kind)
+    parameters = [b.const(scales), b.const(zeros, kind)]
+    q = b.op("QuantizeLinear", x, *parameters, keep=False, **attrs)
+    return b.op("DequantizeLinear", q, *parameters, **attrs), float(scales.max())
+
+
+def _dequantize(
+    b: Builder, weight: np.ndarray, bias: np.ndarray | None, axis: int, scale: float
+) -> list[Tensor | None]:
+    """A weight and a bias that are stored as integers; axis is the weight's output axis."""
+    kind = np.dtype(b.choose([np.int8, np.int8, np.uint8]))
+    per_axis = b.opset >= 13 and b.chance(0.5)
+    axes = tuple(a for a in range(weight.ndim) if a != axis) if per_axis else None
+    largest = np.abs(weight).max(axis=axes)
+    scales = np.where(largest > 0, largest / 120, 0.01).astype(np.float32)
+    zeros = np.full(scales.shape, 128 if kind == np.uint8 else b.choose([0, 0, 2]), kind)
+    shape = [-1 if a == axis and per_axis else 1 for a in range(weight.ndim)]
+    stored = np.rint(weight / scales.reshape(shape)) + zeros.reshape(shape).astype(float)
+    attrs = {"axis": axis} if per_axis else {}
+    q = [b.const(stored, kind), b.const(scales), b.const(zeros, kind)]
+    found: list[Tensor | None] = [b.op("DequantizeLinear", *q, keep=False, **attrs), None]
+    if bias is not None and b.chance(0.2):
+        found[1] = b.param(bias)
+    elif bias is not None:
+        of_bias = (scales * scale).astype(np.float32)
+        q = [b.const(np.rint(bias / of_bias), np.int32), b.const(of_bias)]
+        attrs = {"axis": 0} if per_axis else {}
+        found[1] = b.op("DequantizeLinear", *q, keep=False, **attrs)
+    return found
+
+
 def _conv(b: Builder, x: Tensor, out: int, groups: int = 1, **attrs: Any) -> Tensor:
     """A convolution with a possibly pruned weight."""
     weight, mask = b.weight(out, x.dim(1, 64) // groups, attrs["kernel_shape"])
-    bias = b.param(b.bias(mask)) if b.chance(0.7) else None
+    bias = b.bias(mask) if b.chance(0.7) else None
     if b.chance(0.15):
         del attrs["kernel_shape"]
     if groups > 1 or b.chance(0.5):
         attrs["group"] = groups
-    return b.op("Conv", x, b.param(weight), bias, **attrs)
+    if b.quantized and b.chance(0.8):
+        x, scale = _quantize(b, x)
+        return b.op("Conv", x, *_dequantize(b, weight, bias, 0, scale), **attrs)
+    constant = None if bias is None else b.param(bias)
+    return b.op("Conv", x, b.param(weight), constant, **attrs)
 
 
 def _same(b: Builder, x: Tensor, out: int, size: int | None = None, groups: int = 1) -> Tensor:
@@ -439,7 +486,12 @@ def matmul(b: Builder) -> None:
     out = b.width()
     weight, mask = b.weight(out, x.dim(-2 if left else -1, 96))
     weight = weight if left else weight.T
-    const = b.param(weight[None] if b.chance(0.15) else weight)
+    if b.quantized and b.chance(0.8):
+        x, scale = _quantize(b, x)
+        const = _dequantize(b, weight, None, int(not left), scale)[0]
+        assert const is not None
+    else:
+        const = b.param(weight[None] if b.chance(0.15) else weight)
     y = b.op("MatMul", *((const, x) if left else (x, const)))
     if b.chance(0.7):
         bias = b.param(b.bias(mask).reshape((out, 1) if left else (out,)))

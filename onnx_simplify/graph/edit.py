@@ -10,6 +10,7 @@ import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from onnx_simplify.graph.model import Model
+from onnx_simplify.graph.quantized import Quantized, QuantizedConstant
 
 DERIVED = "_derived"
 """Attribute of an initializer that holds what was computed from its values."""
@@ -36,23 +37,25 @@ class ZeroedSlices(LazyValues):
     def compress(self, kept: Mapping[int, np.ndarray]) -> np.ndarray:
         """The array with only some positions (indices) along some axes."""
         mask = self.mask[kept[self.axis]] if self.axis in kept else self.mask
-        values = compress(self.base, kept)
+        values = np.asarray(compress(self.base, kept))
         if mask.any():
             values = np.array(values) if values is self.base else values
             values[(slice(None),) * self.axis + (mask,)] = 0
         return values
 
 
-def compress(values: np.ndarray | ZeroedSlices, kept: Mapping[int, np.ndarray]) -> np.ndarray:
+Values = np.ndarray | ZeroedSlices | Quantized
+
+
+def compress(values: Values, kept: Mapping[int, np.ndarray]) -> np.ndarray | Quantized:
     """Take only some positions (indices) along some axes."""
-    if isinstance(values, ZeroedSlices):
+    if isinstance(values, (ZeroedSlices, Quantized)):
         return values.compress(kept)
     for axis, index in sorted(kept.items(), key=lambda item: item[1].size / values.shape[item[0]]):
         values = np.take(values, index, axis)
     return values
 
 
-Values = np.ndarray | ZeroedSlices
 Readers = dict[str, list[tuple[gs.Node, int]]]
 
 
@@ -146,14 +149,18 @@ class Editor:
             suffix = {1: "weight", 2: "bias"}.get(index, str(index))
             new = self.model.constant(f"{node.outputs[0].name}_{suffix}", values)
         elif self._users[old.name] <= 1 and not self.model.is_kept(old):
-            new = gs.Constant(old.name, values)
+            new = self.model.replacement(old, values)
             # Tensors are in reference cycles: without this, the array would live on for long.
-            old.values = _NOTHING
+            if not isinstance(old, QuantizedConstant):
+                old.values = _NOTHING
             old.__dict__.pop(DERIVED, None)
         else:
-            values = values if isinstance(values, np.ndarray) else values.load()
-            key = (old.name, values.shape, values.dtype.str, values.tobytes())
-            new = self._shared.get(key) or self.model.constant(old.name, values)
+            values = values.load() if isinstance(values, ZeroedSlices) else values
+            array = values.stored if isinstance(values, Quantized) else values
+            key = (old.name, array.shape, array.dtype.str, array.tobytes())
+            new = self._shared.get(key) or self.model.replacement(
+                old, values, self.model.unique(old.name)
+            )
             self._shared[key] = new
             # It may get more users, so none of them has it for itself.
             self._users[new.name] = 2

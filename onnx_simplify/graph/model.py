@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from onnx_simplify.errors import ModelError, first_line
+from onnx_simplify.graph.quantized import READERS, Quantized, QuantizedConstant, read_quantized
 from onnx_simplify.graph.wire import split_raw_data
 
 ModelSource = str | os.PathLike[str] | bytes | ModelProto
@@ -104,9 +105,12 @@ class Model:
         for field in ("node", "initializer", "value_info"):
             self.template.graph.ClearField(field)
         self._reserved = captured | {n for m in nodes if _has_body(m) for n in _body_names(m)}
+        # Initializers that several nodes read, of those that hold quantised weights.
+        self._shared: set[str] = set()
         self._names: set[str] = set()
         self.free_names()
         self.kept_names = frozenset(captured | {t.name for t in self.graph.outputs})
+        self.adopt_quantized()
         self.pinned: set[str] = set()
         self.mapped: list[mmap.mmap] = []
         self.stand_in = False
@@ -123,7 +127,61 @@ class Model:
     def free_names(self) -> None:
         """Let names be used again that no tensor or node has any more."""
         self._names = {t for n in self.graph.nodes for t in _node_names(n)} | self._reserved
+        self._names |= self._shared
         self._names |= {t.name for t in self.graph.inputs + self.graph.outputs}
+
+    def adopt_quantized(self) -> None:
+        """Let what reads dequantised initializers read :class:`QuantizedConstant`, in place."""
+        found = {
+            node.outputs[0].name: (node, values)
+            for node in self.graph.nodes
+            if node.op == "DequantizeLinear" and (values := read_quantized(node)) is not None
+        }
+        for tensor in self.graph.outputs:
+            found.pop(tensor.name, None)
+        for node in self.graph.nodes:
+            reads = {t.name for t in node.inputs} if node.op not in READERS or node.domain else ()
+            for name in (*reads, *self.captured(node)):
+                found.pop(name, None)
+        if not found:
+            return
+        constants = {
+            name: QuantizedConstant(
+                name, values, [t.name for t in node.inputs], self.export_node(node)
+            )
+            for name, (node, values) in found.items()
+        }
+        gone = {id(node) for node, _ in found.values()}
+        uses = Counter(t.name for n in self.graph.nodes for t in n.inputs)
+        self._shared |= {name for name, count in uses.items() if count > 1}
+        keep = [n for n in self.graph.nodes if id(n) not in gone]
+        for node in keep:
+            for index, tensor in enumerate(node.inputs):
+                if tensor.name in constants:
+                    node.inputs[index] = constants[tensor.name]
+        self.graph.nodes = keep
+
+    def replacement(
+        self, old: gs.Constant, values: np.ndarray | LazyValues, name: str | None = None
+    ) -> gs.Constant:
+        """An initializer to stand in for another one.
+
+        Args:
+            old: the other one; if it is quantised, and the values are, so is the new one.
+            values: the values.
+            name: its name; by default that of the old one.
+        """
+        if not isinstance(values, Quantized) or not isinstance(old, QuantizedConstant):
+            return gs.Constant(name or old.name, values)
+        before = [part.values for part in old.parts()]
+        new = QuantizedConstant(name or old.name, values, list(old.names), old.message)
+        if name and new.message.name:
+            new.message = NodeProto.FromString(new.message.SerializeToString())
+            new.message.name = self.unique(new.message.name)
+        for index, part in enumerate(new.parts()):
+            if part.values is not before[index] and (name or part.name in self._shared):
+                new.names[index] = self.unique(part.name)
+        return new
 
     def unique(self, hint: str) -> str:
         """A tensor or node name, derived from ``hint``, that the graph does not use yet."""
@@ -152,7 +210,7 @@ class Model:
                 for node in self.graph.nodes
                 for t in node.outputs
                 if name in (node.name, t.name)
-                or any(isinstance(i, gs.Constant) and i.name == name for i in node.inputs)
+                or any(isinstance(i, gs.Constant) and name in _stored_names(i) for i in node.inputs)
             }
             if not found and name not in self.input_names:
                 raise ModelError(
@@ -171,7 +229,9 @@ class Model:
             *(t for n in self.graph.nodes for t in n.inputs),
             *self.graph.outputs,
         ):
-            if isinstance(tensor, gs.Constant):
+            if isinstance(tensor, QuantizedConstant):
+                found |= {part.name: part for part in tensor.parts()}
+            elif isinstance(tensor, gs.Constant):
                 found[tensor.name] = tensor
         for node in self.graph.nodes:
             for name in self.captured(node):
@@ -213,7 +273,12 @@ class Model:
         proto.CopyFrom(self.template)
         graph = proto.graph
         large: dict[str, gs.Constant] = {}
+        dequantized: set[str] = set()
         for node in self.graph.nodes:
+            for tensor in node.inputs:
+                if isinstance(tensor, QuantizedConstant) and tensor.name not in dequantized:
+                    graph.node.append(tensor.node())
+                    dequantized.add(tensor.name)
             graph.node.append(self.export_node(node))
         constants = self.initializers()
         for name, tensor in constants.items():
@@ -429,8 +494,17 @@ def sort_nodes(graph: GraphProto) -> None:
 
 def _node_names(node: gs.Node) -> Iterator[str]:
     yield node.name
-    yield from (t.name for t in node.inputs)
     yield from (t.name for t in node.outputs)
+    for tensor in node.inputs:
+        yield from _stored_names(tensor)
+
+
+def _stored_names(tensor: gs.Tensor) -> Iterator[str]:
+    """A tensor's name and, if it is quantised, those that its file has for it."""
+    yield tensor.name
+    if isinstance(tensor, QuantizedConstant):
+        yield tensor.message.name
+        yield from tensor.names
 
 
 def _reads(node: NodeProto) -> Iterator[str]:

@@ -115,4 +115,6 @@ def _takes_pieces(analysis: Analysis, node: gs.Node) -> bool:
 
 def _is_plain(analysis: Analysis, node: gs.Node) -> bool:
     rule = analysis.rule[id(node)]
-    return isinstance(rule, Convolution) and rule.dims(node)[0] == 1
+    return (
+        isinstance(rule, Convolution) and rule.dims(node)[0] == 1 and not rule.is_quantized(node)
+    )

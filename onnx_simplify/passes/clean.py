@@ -15,6 +15,7 @@ import onnx_graphsurgeon as gs
 from onnx_simplify.channels.operators.elementwise import is_inference_dropout
 from onnx_simplify.graph.edit import consumers, drop_unused, remove_nodes
 from onnx_simplify.graph.model import Model
+from onnx_simplify.graph.quantized import QuantizedConstant
 from onnx_simplify.runtime.session import run_nodes
 
 # A folded constant may be larger than its operands together by this many bytes.
@@ -30,6 +31,7 @@ _NOT_FOLDED = frozenset(
 def clean(model: Model) -> None:
     """Normalise the model, in place."""
     _constants(model)
+    model.adopt_quantized()
     fold_constants(model)
     bypass_identities(model)
     drop_unused(model)
@@ -158,4 +160,5 @@ def _foldable(node: gs.Node, kept: Collection[str]) -> bool:
         and bool(node.inputs)
         and not any(isinstance(v, gs.Graph) for v in node.attrs.values())
         and not any(t.name in kept for t in node.outputs)
+        and not any(isinstance(t, QuantizedConstant) for t in node.inputs)
     )

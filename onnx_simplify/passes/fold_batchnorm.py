@@ -104,7 +104,7 @@ def _is_inference(bn: gs.Node) -> bool:
 def _linear(node: gs.Node) -> Linear | None:
     """The node's rule, if it is a linear operator with constant weights and bias."""
     rule = lookup(node)
-    if not isinstance(rule, Linear):
+    if not isinstance(rule, Linear) or rule.is_quantized(node):
         return None
     try:
         wiring = rule.wiring(node)

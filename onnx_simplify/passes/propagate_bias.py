@@ -320,16 +320,15 @@ def _readers(analysis: Analysis, only_zeros: bool) -> list[_Reader]:
         spread = bool(rule.spread_axes(node))
         static = rule.is_static(node, analysis)
         usable = static and analysis.array(tensor) is not None
-        reader = _Reader(
-            place,
-            node,
-            rule,
-            labels,
-            scalar=zero if spread or only_zeros else uniform,
-            padded=uniform & ~zero & spread & (not only_zeros),
-            mapped=(level > VARYING) & ~uniform & usable & (not only_zeros),
-            values=values,
-        )
+        mapped = (level > VARYING) & ~uniform & usable
+        scalar, padded = (zero, uniform & ~zero) if spread else (uniform, np.zeros_like(zero))
+        if rule.is_quantized(node):
+            # The bias takes what it can store exactly; nothing else may be added or merged.
+            scalar = scalar & rule.stores_exactly(node, np.where(scalar, values, 0))
+            padded = mapped = np.zeros_like(zero)
+        if only_zeros:
+            scalar, padded, mapped = zero, np.zeros_like(zero), np.zeros_like(zero)
+        reader = _Reader(place, node, rule, labels, scalar, padded, mapped, values)
         if reader.candidates.any():
             found.append(reader)
     return found

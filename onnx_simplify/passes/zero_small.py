@@ -63,7 +63,7 @@ def _sizes(model: Model) -> Iterator[tuple[gs.Node, Linear, np.ndarray]]:
     """
     for node in model.graph.nodes:
         rule = lookup(node)
-        if not isinstance(rule, Linear):
+        if not isinstance(rule, Linear) or rule.is_quantized(node):
             continue
         try:
             weight = rule.weights(node) if rule.dims(node) else None

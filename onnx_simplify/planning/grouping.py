@@ -37,7 +37,7 @@ def merge_groups(
     taken: set[int] = set()
     for node in analysis.model.graph.nodes:
         rule = analysis.rule[id(node)]
-        if not isinstance(rule, Convolution):
+        if not isinstance(rule, Convolution) or rule.is_quantized(node):
             continue
         groups, outputs, inputs = rule.dims(node)
         if groups == 1 or (outputs, inputs) == (1, 1):

@@ -8,7 +8,13 @@ from __future__ import annotations
 
 import onnx_graphsurgeon as gs
 
-from onnx_simplify.channels.operators import elementwise, linear, spatial, structural
+from onnx_simplify.channels.operators import (
+    elementwise,
+    linear,
+    quantization,
+    spatial,
+    structural,
+)
 from onnx_simplify.channels.operators.base import OPAQUE, Operator, Shape
 
 __all__ = ["OPAQUE", "Operator", "lookup", "register"]
@@ -37,6 +43,7 @@ register(linear.Convolution(), "Conv")
 register(linear.TransposedConvolution(), "ConvTranspose")
 register(linear.Gemm(), "Gemm")
 register(linear.MatMul(), "MatMul")
+register(quantization.Quantization(), "QuantizeLinear", "DequantizeLinear")
 register(spatial.GlobalPool(), "GlobalAveragePool", "GlobalMaxPool")
 register(spatial.MaxPool(), "MaxPool")
 register(spatial.AveragePool(), "AveragePool", "LpPool")

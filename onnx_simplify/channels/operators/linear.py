@@ -27,6 +27,7 @@ from onnx_simplify.channels.operators.base import (
 )
 from onnx_simplify.channels.values import MAP, UNIFORM, VARYING
 from onnx_simplify.graph.edit import DERIVED, Values, ZeroedSlices
+from onnx_simplify.graph.quantized import QuantizedConstant
 from onnx_simplify.graph.shapes import Dim
 
 if TYPE_CHECKING:
@@ -93,6 +94,60 @@ class Linear(Operator):
         """The canonical weights of the node."""
         return self.to_canonical(node, node.inputs[self.wiring(node).weight].values)
 
+    def is_quantized(self, node: gs.Node) -> bool:
+        """Whether the weights or the bias are stored as integers."""
+        return any(isinstance(t, QuantizedConstant) for t in node.inputs)
+
+    def _stored(self, node: gs.Node) -> np.ndarray:
+        """The canonical weights as they are stored: numbers, or steps from the zero point."""
+        tensor = node.inputs[self.wiring(node).weight]
+        quantized = isinstance(tensor, QuantizedConstant)
+        return self.to_canonical(node, tensor.quantized.steps() if quantized else tensor.values)
+
+    def _store(
+        self, node: gs.Node, weight: np.ndarray, put: Put, outs: np.ndarray | None = None
+    ) -> None:
+        """Replace the weights by what :meth:`_stored` gave, some of it moved or set to zero.
+
+        Args:
+            node: the node.
+            weight: in canonical form.
+            put: gives the node an initializer of its own.
+            outs: which outputs there are, if not all.
+        """
+        index = self.wiring(node).weight
+        array, tensor = self.from_canonical(node, weight), node.inputs[index]
+        quantized = isinstance(tensor, QuantizedConstant)
+        put(node, index, tensor.quantized.restored(array, outs) if quantized else array)
+
+    def stores_exactly(self, node: gs.Node, values: np.ndarray) -> np.ndarray:
+        """For quantised weights, the input channels whose constants the bias can take exactly.
+
+        Where activations are quantised as well, the scale of the bias is the product of theirs and
+        that of the weights, so that it can, wherever there is no padding.
+
+        Args:
+            node: the node.
+            values: the constant of each channel, float64 ``(inputs,)``.
+
+        Returns:
+            bool ``(inputs,)``.
+        """
+        index = self.wiring(node).bias
+        bias = node.inputs[index] if index is not None and has_input(node, index) else None
+        if not isinstance(bias, QuantizedConstant):
+            return np.full(values.size, bias is not None) | (values == 0)
+        groups, outputs, inputs = self.dims(node)
+        weight = self.weights(node).reshape(groups, outputs, inputs, -1).astype(np.float64).sum(-1)
+        shift = (weight * values.reshape(groups, 1, inputs) * self.scale(node)).transpose(0, 2, 1)
+        shift = shift.reshape(groups * inputs, outputs)
+        rows = np.repeat(np.arange(groups), inputs)[:, None] * outputs + np.arange(outputs)
+        whole = [
+            bias.quantized.compress({0: row}).plus(s) is not None
+            for row, s in zip(rows, shift, strict=True)
+        ]
+        return np.array(whole)
+
     def dims(self, node: gs.Node) -> tuple[int, int, int]:
         """(groups, outputs per group, inputs per group), without touching the weights."""
         shape = node.inputs[self.wiring(node).weight].shape
@@ -136,11 +191,11 @@ class Linear(Operator):
         groups, _, inputs = self.dims(node)
         index = self.wiring(node).weight
         used = self.used(node) & ~mask.reshape(groups, 1, inputs)
-        if groups > 1:
-            weight = np.array(self.weights(node))
+        if groups > 1 or self.is_quantized(node):
+            weight = np.array(self._stored(node))
             for part, columns in zip(weight, mask.reshape(groups, inputs), strict=True):
                 part[:, columns] = 0
-            self.set_weights(node, weight, put)
+            self._store(node, weight, put)
         else:
             axis = self.column_axis(node)
             put(node, index, ZeroedSlices(node.inputs[index].values, axis, mask))
@@ -158,6 +213,11 @@ class Linear(Operator):
         groups, outputs, inputs = self.dims(node)
         if shape[wiring.axis_in] != groups * inputs:
             raise Unsupported("number of input channels is not known to match the weight")
+        weight = node.inputs[wiring.weight]
+        if groups > 1 and isinstance(weight, QuantizedConstant):
+            axes = self.column_axis(node), weight.quantized.axis
+            if weight.quantized.is_per_axis and axes != (1, 0):
+                raise Unsupported("scales along another axis than that of the outputs")
         output = node.outputs[0]
         ids = layouts.fresh(groups * outputs)
         rank = len(layouts.shape(output))
@@ -305,9 +365,9 @@ class Linear(Operator):
             cut.slice(node, wiring.weight, {a: i for a, i, n in sides if not _is_all(i, n)})
         else:
             kept = int(np.unique(ins // inputs).size) if merger is None else merger.groups
-            weight = self._regrouped(self.weights(node), kept, ins, outs)
+            weight = self._regrouped(self._stored(node), kept, ins, outs)
             node.attrs["group"] = kept
-            cut.put(node, wiring.weight, self.from_canonical(node, weight))
+            self._store(node, weight, cut.put, outs)
         if wiring.bias is not None and has_input(node, wiring.bias):
             self.shrink_bias(node, cut, wiring.bias, outs)
 
@@ -334,7 +394,7 @@ class Linear(Operator):
 
     def shrink_bias(self, node: gs.Node, cut: Cut, index: int, keep: np.ndarray) -> None:
         """Take some elements of the bias, a vector."""
-        cut.put(node, index, node.inputs[index].values[keep])
+        cut.slice(node, index, {0: keep})
 
     def wants_values(self, node: gs.Node, analysis: Analysis) -> list[int]:
         """The data input, where any of it may be constant."""
@@ -343,20 +403,29 @@ class Linear(Operator):
         return [wiring.data] if level is not None and (level > VARYING).any() else []
 
     def add_bias(self, node: gs.Node, shift: np.ndarray, put: Put) -> bool:
-        """Add ``shift`` (float64, shape ``(outputs,)``) to the bias; False if there is none.
+        """Add ``shift`` (float64, shape ``(outputs,)``) to the bias.
 
         Args:
             node: the node.
             shift: what to add to each output channel.
             put: ``put(node, input index, array)`` gives this node an initializer of its own.
+
+        Returns:
+            False if there is no bias, or it is quantised and cannot hold the sum.
         """
         wiring = self.wiring(node)
         if wiring.bias is None:
             return False
-        old = constant_input(node, wiring.bias)
-        new = shift if old is None else old.astype(np.float64) + shift
-        put(node, wiring.bias, new.astype(node.inputs[wiring.weight].dtype))
-        return True
+        old = node.inputs[wiring.bias] if has_input(node, wiring.bias) else None
+        new: Values | None
+        if isinstance(old, QuantizedConstant):
+            new = old.quantized.plus(shift)
+        else:
+            new = shift if old is None else old.values.astype(np.float64) + shift
+            new = new.astype(node.inputs[wiring.weight].dtype)
+        if new is not None:
+            put(node, wiring.bias, new)
+        return new is not None
 
     def response(self, node: gs.Node, values: np.ndarray) -> np.ndarray:
         """What uniform inputs add to each output where no padding interferes.
@@ -539,20 +608,18 @@ class Gemm(Linear):
 
     def shrink_bias(self, node: gs.Node, cut: Cut, index: int, keep: np.ndarray) -> None:
         """Take positions of C along its last axis unless it is broadcast there."""
-        values = node.inputs[index].values
-        if values.ndim and values.shape[-1] > 1:
-            cut.put(node, index, values[..., keep])
+        shape = node.inputs[index].shape
+        if len(shape) and shape[-1] > 1:
+            cut.slice(node, index, {len(shape) - 1: keep})
 
     def add_bias(self, node: gs.Node, shift: np.ndarray, put: Put) -> bool:
         """C takes ``shift / beta``, broadcast if need be."""
         beta = float(node.attrs.get("beta", 1.0))
-        old = constant_input(node, 2)
-        if old is None or beta == 0:
+        if not has_input(node, 2) or beta == 0:
             node.attrs["beta"] = 1.0
             put(node, 2, shift.astype(node.inputs[1].dtype))
-        else:
-            put(node, 2, (old.astype(np.float64) + shift / beta).astype(old.dtype))
-        return True
+            return True
+        return super().add_bias(node, shift / beta, put)
 
     def scale(self, node: gs.Node) -> float:
         """The factor alpha in front of the product."""

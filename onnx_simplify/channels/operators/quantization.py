@@ -1,0 +1,72 @@
+"""Operators that change how numbers are stored, position by position."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnx_simplify.channels.layouts import Layouts, Unsupported
+from onnx_simplify.channels.operators.base import Masks, Operator
+from onnx_simplify.channels.values import MAP
+from onnx_simplify.graph.shapes import Dim
+
+if TYPE_CHECKING:
+    from onnx_simplify.channels.analysis import Analysis
+    from onnx_simplify.channels.cut import Cut
+
+
+class Quantization(Operator):
+    """``QuantizeLinear`` and ``DequantizeLinear`` of activations, with known scales.
+
+    https://onnx.ai/onnx/operators/onnx__QuantizeLinear.html. Those of weights are not there, see
+    :mod:`onnx_simplify.graph.quantized`.
+    """
+
+    reorders = True
+
+    def sizes(self, node: gs.Node, layouts: Layouts) -> list[Dim | None] | None:
+        """As before."""
+        return list(layouts.shape(node.inputs[0]))
+
+    def axis(self, node: gs.Node, rank: int) -> int | None:
+        """The axis along which scales differ; None if there is one scale for all."""
+        if np.prod(node.inputs[1].shape) == 1:
+            return None
+        return int(node.attrs.get("axis", 1)) % rank
+
+    def layout(self, node: gs.Node, layouts: Layouts) -> None:
+        """Channels pass through."""
+        source = layouts(node.inputs[0])
+        parameters = [t for t in node.inputs[1:] if t.name]
+        if not parameters or not all(isinstance(t, gs.Constant) for t in parameters):
+            raise Unsupported("scales are computed")
+        if node.attrs.get("block_size", 0) or any(len(t.shape) > 1 for t in parameters):
+            raise Unsupported("scales of blocks")
+        axis = self.axis(node, source.ndim)
+        if axis is not None and source.shape[axis] > 1:
+            if any(list(t.shape) != [source.shape[axis]] for t in parameters):
+                raise Unsupported("scales do not fit the channels")
+        layouts.set(node.outputs[0], source)
+
+    def level(self, node: gs.Node, analysis: Analysis) -> Masks:
+        """Constants stay constant; not uniform if scales differ within a channel."""
+        level = analysis.level[node.inputs[0].name]
+        axis = self.axis(node, level.ndim)
+        if axis is not None and level.shape[axis] == 1:
+            level = np.minimum(level, MAP)
+        return [level]
+
+    def need(self, node: gs.Node, analysis: Analysis, outputs: Masks) -> Masks:
+        """Channel by channel."""
+        return [outputs[0]]
+
+    def shrink(self, node: gs.Node, cut: Cut) -> None:
+        """Slice scales and zero points."""
+        taken = cut.taken(node.outputs[0])
+        axis = self.axis(node, len(cut.analysis.shape(node.inputs[0])))
+        if axis is not None and axis in taken:
+            for index, tensor in enumerate(node.inputs[1:], 1):
+                if tensor.name:
+                    cut.slice(node, index, {0: taken[axis]})
