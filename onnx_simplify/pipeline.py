@@ -47,6 +47,8 @@ _TURNS = 4
 _LARGEST_THRESHOLD = 0.1
 # A plan that is faster than the cost model's by less than this is not.
 _NOISE = 0.01
+# A file that grows by no more bytes than this has gained a few names.
+_MARGIN = 1024
 _HALF_PRECISION = ("float16", "bfloat16")
 
 
@@ -104,9 +106,11 @@ def run(original: Model, options: Options) -> tuple[Model, Report]:
     try:
         model, report = task.carry_out(target)
     except VerificationError:
-        if not is_half(original) or "fold_batchnorm" in options.skip:
+        folds = any(n.op == "BatchNormalization" for n in original.graph.nodes)
+        if not folds or "fold_batchnorm" in options.skip:
             raise
-        # Folding rounds the weights once more, which half precision may not forgive.
+        # Folding rounds the weights once more. Half precision may not forgive that, nor do sums
+        # that all but cancel.
         skip = {*options.skip, "fold_batchnorm"}
         model, report = run(original, replace(options, skip=skip))
         report.notes.append("BatchNormalization left alone: folding it costs precision")
@@ -115,6 +119,10 @@ def run(original: Model, options: Options) -> tuple[Model, Report]:
         model, report = task.smallest(target, model, report)
     if (options.benchmark or options.tune) and reference is not None:
         model, report = task.fastest(target, model, report)
+    if reference is not None and reference.one_size:
+        report.notes.append("run with one size only: no other that was tried is accepted")
+    if report.after.bytes > report.before.bytes + _MARGIN:
+        report.notes.append("the file grows: constants that were computed are stored")
     report.seconds = time.perf_counter() - start
     return model, report
 
@@ -141,12 +149,15 @@ class _Task:
         found.bytes = self.original.source_bytes or found.bytes
         return found
 
-    def carry_out(self, plan: Profile, skip: Collection[str] = ()) -> tuple[Model, Report]:
+    def carry_out(
+        self, plan: Profile, skip: Collection[str] = (), *, keep_shared: bool = False
+    ) -> tuple[Model, Report]:
         """Simplify and verify.
 
         Args:
             plan: what the planner decides by.
             skip: passes to leave out besides those of the options.
+            keep_shared: leave weights alone that several nodes share.
 
         Raises:
             VerificationError: the result differs.
@@ -154,6 +165,7 @@ class _Task:
         options = replace(self.options, skip={*self.options.skip, *skip})
         model = self.original.copy()
         model.pin(options.pinned)
+        model.keep_shared = keep_shared
         report = Report(before=self.before, after=self.before)
         report.input_shapes = self.shapes
         report.target = plan.name
@@ -193,12 +205,15 @@ class _Task:
         plain = replace(target, rearrange=False)
         self._try(made, "plain", plain)
         self._try(made, "stand-ins", replace(plain, map_cost=float("inf")))
+        self._try(made, "shared", plain, keep_shared=True)
         self._try(made, "cleaned", target, PASSES)
         sizes = {name: found.after.bytes for name, (_, found) in made.items()}
         fitting = [name for name, size in sizes.items() if size <= report.before.bytes]
         chosen = fitting[0] if fitting else min(sizes, key=sizes.__getitem__)
         model, report = made[chosen]
         report.plan = chosen
+        if chosen == "cleaned":
+            report.notes.append("nothing was removed: the file would be larger than before")
         return model, report
 
     def fastest(self, target: Profile, model: Model, report: Report) -> tuple[Model, Report]:
@@ -241,11 +256,13 @@ class _Task:
         name: str,
         plan: Profile,
         skip: Collection[str] = (),
+        *,
+        keep_shared: bool = False,
     ) -> None:
         """Add the result of a plan, if it verifies and no other plan gave the same."""
         self.step(f"trying plan '{name}'")
         try:
-            model, report = self.carry_out(plan, skip)
+            model, report = self.carry_out(plan, skip, keep_shared=keep_shared)
         except VerificationError:
             return
         if all(report.after != other.after for _, other in made.values()):

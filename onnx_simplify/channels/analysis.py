@@ -18,6 +18,7 @@ from onnx_simplify.channels.layouts import Layouts, Unsupported
 from onnx_simplify.channels.operators import OPAQUE, Operator, lookup
 from onnx_simplify.channels.operators.linear import Linear
 from onnx_simplify.channels.values import MAP, UNIFORM, VARYING, Constants
+from onnx_simplify.graph.edit import shares_weights
 from onnx_simplify.graph.model import Model
 from onnx_simplify.graph.shapes import infer
 
@@ -62,6 +63,9 @@ class Analysis:
     def _follow(self, node: gs.Node) -> None:
         # Before version 7 of the operator set, broadcasting followed other rules.
         rule = lookup(node) if self.model.opset >= 7 else OPAQUE
+        if self.model.keep_shared and shares_weights(self.layouts.readers, node):
+            self.layouts.opaque[id(node)] = "weights are shared"
+            rule = OPAQUE
         try:
             self.layouts.refine(node.outputs[0], rule.sizes(node, self.layouts))
             rule.layout(node, self.layouts)

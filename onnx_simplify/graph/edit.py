@@ -12,6 +12,9 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_simplify.graph.model import Model
 from onnx_simplify.graph.quantized import Quantized, QuantizedConstant
 
+# Initializers of so many elements may be copied.
+_SMALL = 64
+
 DERIVED = "_derived"
 """Attribute of an initializer that holds what was computed from its values."""
 
@@ -67,6 +70,16 @@ def consumers(model: Model) -> Readers:
             if tensor.name:
                 found.setdefault(tensor.name, []).append((node, index))
     return found
+
+
+def shares_weights(readers: Readers, node: gs.Node) -> bool:
+    """Whether a node reads an initializer, of some size, that others read as well."""
+    return any(
+        isinstance(t, gs.Constant)
+        and int(np.prod(t.shape)) > _SMALL
+        and len(readers[t.name]) > 1
+        for t in node.inputs
+    )
 
 
 def drop_unused(model: Model) -> None:

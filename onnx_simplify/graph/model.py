@@ -32,6 +32,8 @@ ModelSource = str | os.PathLike[str] | bytes | ModelProto
 
 # Tensors up to this many bytes stay inside messages, so that shape inference can read their values.
 INLINE_BYTES = 1024
+# Operator sets that onnxruntime knows without their being imported.
+_DOMAINS = ("ai.onnx.ml", "com.microsoft")
 # A single protobuf message cannot exceed 2 GiB; leave room for the nodes.
 MESSAGE_LIMIT = 2**31 - 2**24
 
@@ -53,6 +55,7 @@ class Model:
         mapped: files mapped into memory that weights are views of.
         disputed: outputs of nodes whose shapes inference gets wrong, by onnxruntime's standards.
         source_bytes: size of what the model was loaded from, external data included.
+        keep_shared: leave nodes alone whose weights others read, too, so that these need no copy.
         stand_in: run a float32 version of the model, see :mod:`onnx_simplify.runtime.widen`.
     """
 
@@ -113,6 +116,7 @@ class Model:
         self.adopt_quantized()
         self.pinned: set[str] = set()
         self.mapped: list[mmap.mmap] = []
+        self.keep_shared = False
         self.stand_in = False
         self.disputed: frozenset[str] = frozenset()
         self.source_bytes: int | None = None
@@ -243,6 +247,12 @@ class Model:
         """Names of outer tensors that the bodies of an ``If``/``Loop``/``Scan`` node read."""
         return self._captured.get(id(node), frozenset())
 
+    def inner_nodes(self, node: gs.Node) -> Iterator[NodeProto]:
+        """The nodes in the bodies of a node, at any depth."""
+        message = self._protos.get(id(node))
+        if message is not None and _has_body(message):
+            yield from _inner_nodes(message)
+
     def release(self) -> None:
         """Let the operating system drop the pages of mapped weights; they can be read again."""
         for mapped in self.mapped:
@@ -258,6 +268,7 @@ class Model:
         other.pinned = set(self.pinned)
         other.mapped = self.mapped
         other.stand_in = self.stand_in
+        other.keep_shared = self.keep_shared
         other.disputed = self.disputed
         return other
 
@@ -408,6 +419,7 @@ def load(source: ModelSource) -> Model:
             arrays[tensor.name] = _read(tensor, folder, files)
             if source_bytes is not None and tensor.data_location == TensorProto.EXTERNAL:
                 source_bytes += arrays[tensor.name].nbytes
+    _import_domains(proto)
     _check(proto)
     for tensor in proto.graph.initializer:
         values = arrays[tensor.name]
@@ -519,6 +531,13 @@ def _bodies(node: NodeProto) -> Iterator[GraphProto]:
         if attribute.type == AttributeProto.GRAPH:
             yield attribute.g
         yield from attribute.graphs
+
+
+def _inner_nodes(node: NodeProto) -> Iterator[NodeProto]:
+    for body in _bodies(node):
+        for inner in body.node:
+            yield inner
+            yield from _inner_nodes(inner)
 
 
 def _has_body(node: NodeProto) -> bool:
@@ -751,11 +770,31 @@ def _check(proto: ModelProto) -> None:
         if not any(f.name.endswith("_data") for f, _ in tensor.ListFields()):
             tensor.data_location = TensorProto.EXTERNAL
     stripped = headless(stripped)
-    for info in (*stripped.graph.input, *stripped.graph.output):
-        # The checker insists on shapes, which nobody needs.
-        if info.type.HasField("tensor_type"):
-            info.type.tensor_type.shape.SetInParent()
+    _forgive(stripped)
     try:
         onnx.checker.check_model(stripped)
     except Exception as error:
         raise ModelError(f"not a valid ONNX model: {first_line(error)}") from error
+
+
+def _forgive(model: ModelProto) -> None:
+    """Add what the checker insists on and nobody needs, in place."""
+    graph = model.graph
+    graph.name = graph.name or "graph"
+    for info in graph.output:
+        if info.type.WhichOneof("value") is None:
+            info.type.tensor_type.elem_type = TensorProto.FLOAT
+    for info in (*graph.input, *graph.output):
+        if info.type.HasField("tensor_type"):
+            info.type.tensor_type.shape.SetInParent()
+
+
+def _import_domains(model: ModelProto) -> None:
+    """Import the operator sets that nodes use, as onnxruntime does unasked, in place."""
+    known = {o.domain for o in model.opset_import}
+    for domain in sorted({n.domain for n in model.graph.node} - known):
+        if domain == "ai.onnx" and "" in known:
+            for node in model.graph.node:
+                node.domain = "" if node.domain == domain else node.domain
+        elif domain in _DOMAINS:
+            model.opset_import.append(onnx.helper.make_opsetid(domain, 1))

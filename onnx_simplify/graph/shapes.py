@@ -16,6 +16,10 @@ Dim = int | str
 """A static size, or the symbol of a dynamic one (unknown sizes have symbols of their own)."""
 
 
+EMPTY = ":empty"
+"""End of the symbols of input dimensions that are declared as zero: free, most of the time."""
+
+
 def infer(model: Model, input_shapes: Mapping[str, Sequence[int]] | None = None) -> None:
     """Set ``dtype`` and ``shape`` of every tensor of the graph, in place.
 
@@ -82,7 +86,8 @@ def input_dims(info: onnx.ValueInfoProto) -> list[Dim]:
         if dim.HasField("dim_value") and dim.dim_value > 0:
             found.append(dim.dim_value)
         elif not name or name.startswith(("?", "unk__")) or names[name] > 1:
-            found.append(f"{info.name}:{axis}")
+            declared = dim.HasField("dim_value") and dim.dim_value == 0
+            found.append(f"{info.name}:{axis}{EMPTY if declared else ''}")
         else:
             found.append(name)
     return found

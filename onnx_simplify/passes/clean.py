@@ -32,8 +32,8 @@ def clean(model: Model) -> None:
     """Normalise the model, in place."""
     _constants(model)
     model.adopt_quantized()
-    fold_constants(model)
     bypass_identities(model)
+    fold_constants(model)
     drop_unused(model)
 
 
@@ -132,24 +132,41 @@ def fold_constants(model: Model) -> None:
     }
     readers = consumers(model)
     dead = set()
+    known: dict[str, list[gs.Constant]] = {}
     for node in inside:
         # Decided node by node, in order, so that a result does not depend on its neighbours.
         if not all(isinstance(t, gs.Constant) or not t.name for t in node.inputs):
             continue
         if not all(t.name in value_of for t in node.outputs if t.name):
             continue
-        supply = sum(t.values.nbytes for t in node.inputs if isinstance(t, gs.Constant))
-        size = sum(value_of[t.name].nbytes for t in node.outputs if t.name)
-        if size > supply + _GROWTH and not (node.op == "Gather" and size <= _LARGEST_MAP):
-            continue
-        for tensor in node.outputs:
-            if not tensor.name:
+        same = _computation(node)
+        if same not in known:
+            # What others read as well stays in the file.
+            supply = sum(
+                t.values.nbytes
+                for t in node.inputs
+                if isinstance(t, gs.Constant)
+                and all(_computation(user) == same for user, _ in readers[t.name])
+            )
+            size = sum(value_of[t.name].nbytes for t in node.outputs if t.name)
+            if size > supply + _GROWTH and not (node.op == "Gather" and size <= _LARGEST_MAP):
                 continue
-            new = gs.Constant(tensor.name, value_of[tensor.name])
-            for reader, index in readers.get(tensor.name, []):
+            known[same] = [gs.Constant(t.name, value_of.get(t.name)) for t in node.outputs]
+        for tensor, new in zip(node.outputs, known[same], strict=True):
+            for reader, index in readers.get(tensor.name, []) if tensor.name else ():
                 reader.inputs[index] = new
         dead.add(id(node))
     remove_nodes(model, dead)
+
+
+def _computation(node: gs.Node) -> str:
+    """What a node computes: nodes for which it is the same have the same results."""
+    attributes = sorted(
+        (name, repr(value) if isinstance(value, (int, float, str, list)) else id(value))
+        for name, value in node.attrs.items()
+    )
+    names = [t.name for t in node.inputs]
+    return repr((node.op, node.domain, attributes, names, [bool(t.name) for t in node.outputs]))
 
 
 def _foldable(node: gs.Node, kept: Collection[str]) -> bool:

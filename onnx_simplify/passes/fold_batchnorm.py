@@ -21,7 +21,14 @@ from onnx_simplify.channels.operators.base import constant_input, has_input
 from onnx_simplify.channels.operators.elementwise import has_equal_vectors
 from onnx_simplify.channels.operators.linear import Linear
 from onnx_simplify.errors import ModelError
-from onnx_simplify.graph.edit import Editor, Readers, consumers, label, remove_nodes
+from onnx_simplify.graph.edit import (
+    Editor,
+    Readers,
+    consumers,
+    label,
+    remove_nodes,
+    shares_weights,
+)
 from onnx_simplify.graph.model import Model
 
 
@@ -37,10 +44,14 @@ def foldable(model: Model) -> Iterator[tuple[gs.Node, gs.Node, bool]]:
         if bn.op != "BatchNormalization" or bn.domain or not _is_inference(bn):
             continue
         before = producer.get(bn.inputs[0].name)
+        users = readers.get(bn.outputs[0].name, [])
+        if model.keep_shared and any(
+            shares_weights(readers, n) for n in (before, *(u for u, _ in users)) if n is not None
+        ):
+            continue
         if before is not None and _folds_behind(model, readers, before, bn):
             yield before, bn, True
             continue
-        users = readers.get(bn.outputs[0].name, [])
         if len(users) == 1 and not model.is_kept(bn.outputs[0]) and id(users[0][0]) not in taken:
             if _folds_before(model, users[0][0], bn, users[0][1]):
                 taken.add(id(users[0][0]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -12,7 +13,7 @@ from onnx import TensorProto
 
 from onnx_simplify.errors import CannotVerifyError, ModelError
 from onnx_simplify.graph.model import Model
-from onnx_simplify.graph.shapes import input_dims
+from onnx_simplify.graph.shapes import EMPTY, input_dims
 
 Feeds = dict[str, np.ndarray]
 
@@ -20,6 +21,9 @@ _BATCH_HINTS = ("batch", "n", "bs", "b")
 # Sizes tried for free spatial dimensions, in order; the first that the model accepts is used.
 _SIZES = (224, 64, 96, 128, 256, 320, 640, 32, 512, 16, 8, 100, 48, 299, 384, 1, 16000, 1000)
 _ELEMENT_BOUND = 2**21
+_EXPRESSION = re.compile(r"\s*([A-Za-z_][\w.]*|\d+)((?:\s*[-+*]\s*(?:[A-Za-z_][\w.]*|\d+))+)\s*")
+STYLES = ("random", "positive", "ones", "all ones", "zeros", "range", "sizes", "minus one")
+"""Kinds of values, the first of which a model accepts is used, see :func:`make_feeds`."""
 
 
 @dataclass
@@ -81,9 +85,13 @@ def is_free(specs: Sequence[InputSpec]) -> bool:
 def candidate_sizes(specs: Sequence[InputSpec]) -> Iterator[dict[str, int]]:
     """Assignments of sizes to free dimensions, likely ones first (one empty one if none is free).
 
-    A free first dimension is a batch (1 first, then 2); the others get the same size each.
+    A free first dimension is a batch (1 first, then 2); the others get the same size each, except
+    for those that are named as sums or products of others.
     """
     batch, spatial = _free(specs)
+    if not spatial and not batch:
+        yield {}
+        return
     seen = set()
     for size in _SIZES if spatial else _SIZES[:1]:
         if spatial and any(_volume(s, size) > _ELEMENT_BOUND for s in specs):
@@ -93,15 +101,25 @@ def candidate_sizes(specs: Sequence[InputSpec]) -> Iterator[dict[str, int]]:
             key = tuple(sizes.items())
             if key not in seen:
                 seen.add(key)
-                yield sizes
+                yield with_expressions(specs, sizes)
 
 
 def unlikely_sizes(specs: Sequence[InputSpec]) -> Iterator[dict[str, int]]:
-    """Assignments with one size for all free dimensions, in case the first is no batch."""
+    """Assignments with one size for all free dimensions, in case the first is no batch.
+
+    Then with one of them twice as large as the others; at last, with none for those that are
+    declared as zero, which mostly means that they are free.
+    """
     batch, spatial = _free(specs)
     for size in (64, 16, 32, 128, 8, 4) if batch else ():
         if all(_volume(s, size) * size <= _ELEMENT_BOUND for s in specs):
-            yield dict.fromkeys([*batch, *spatial], size)
+            yield with_expressions(specs, dict.fromkeys([*batch, *spatial], size))
+    for name in spatial:
+        # A whole and its two halves, say.
+        yield with_expressions(specs, dict.fromkeys([*batch, *spatial], 1) | {name: 2})
+    if any(name.endswith(EMPTY) for name in (*batch, *spatial)):
+        for size in (1, 2, 8):
+            yield {n: 0 if n.endswith(EMPTY) else size for n in (*batch, *spatial)}
 
 
 def varied(
@@ -116,18 +134,61 @@ def varied(
         for k, name in enumerate(spatial):
             grown = round(sizes[name] * factor)
             other[name] = max(1, grown + step * (k % 2) if sizes[name] > 64 else grown)
+        other = with_expressions(specs, other)
         if other not in others:
             others.append(other)
     return others
 
 
+def alike(sizes: Mapping[str, int]) -> list[dict[str, int]]:
+    """Assignments that change all free dimensions in the same way, in case they are coupled."""
+    changes = ((1, 32), (2, 0), (1, 1), (0.5, 0))
+    return [{n: max(1, round(s * factor) + step) for n, s in sizes.items()}
+            for factor, step in changes]
+
+
+def with_expressions(specs: Sequence[InputSpec], sizes: Mapping[str, int]) -> dict[str, int]:
+    """The sizes, and those of dimensions with names such as ``past + 1`` that they determine."""
+    found = dict(sizes)
+    for dim in (d for s in specs for d in s.dims if isinstance(d, str)):
+        parts = _expression(dim)
+        if parts is None:
+            continue
+        if any(not p.isdigit() and p not in found for p in parts[::2]):
+            continue
+        # Terms of a sum; products are formed in the last one.
+        terms: list[int] = []
+        for sign, part in zip(["+", *parts[1::2]], parts[::2], strict=True):
+            value = int(part) if part.isdigit() else found[part]
+            if sign == "*":
+                terms[-1] *= value
+            else:
+                terms.append(-value if sign == "-" else value)
+        found[dim] = max(0, sum(terms))
+    return found
+
+
+def _expression(name: str) -> list[str] | None:
+    """Names or numbers, and the signs between them, if a dimension is named like that."""
+    if not _EXPRESSION.fullmatch(name):
+        return None
+    return [p for p in re.split(r"\s*([-+*])\s*", name.strip()) if p]
+
+
 def _free(specs: Sequence[InputSpec]) -> tuple[list[str], list[str]]:
-    """Names of free batch dimensions and of other free dimensions, in order."""
+    """Names of free batch dimensions and of other free dimensions, in order.
+
+    Without those that others determine.
+    """
     batch: list[str] = []
     other: list[str] = []
+    names = {d for s in specs for d in s.dims if isinstance(d, str)}
     for spec in specs:
         for axis, dim in enumerate(spec.dims):
             if isinstance(dim, str) and dim not in batch and dim not in other:
+                parts = _expression(dim)
+                if parts is not None and all(p.isdigit() or p in names for p in parts[::2]):
+                    continue
                 hint = dim.lower()
                 first = axis == 0 and len(spec.dims) > 1
                 is_batch = first or any(
@@ -143,15 +204,23 @@ def _volume(spec: InputSpec, size: int) -> int:
 
 
 def make_feeds(
-    model: Model, specs: Sequence[InputSpec], sizes: Mapping[str, int], seed: int
+    model: Model,
+    specs: Sequence[InputSpec],
+    sizes: Mapping[str, int],
+    seed: int,
+    style: str = "random",
 ) -> Feeds:
-    """Random values for all inputs: N(0, 1) for floats, indices that fit for integers.
+    """Values for all inputs.
 
     Args:
         model: the model; where an integer input indexes an initializer, its length is the bound.
         specs: the inputs.
         sizes: sizes of the free dimensions.
         seed: seed of the generator.
+        style: ``random``, N(0, 1) for floats and indices that fit for integers, or what models
+            accept that want ratios, divisors, axes or lengths: floats in (0, 1) (``positive``),
+            integers that are one, zero, minus one, the largest free size or different from each
+            other (``ones``, ``zeros``, ``minus one``, ``sizes``, ``range``), ``all ones``.
     """
     random = np.random.default_rng(seed)
     feeds = {}
@@ -162,10 +231,20 @@ def make_feeds(
         if spec.dtype.kind in "iu":
             high = bounds.get(spec.name, 2 if spec.dtype.itemsize > 1 else 128)
             values = random.integers(0, max(high, 1), shape)
+            if style in ("ones", "all ones", "zeros", "minus one"):
+                values = np.full(shape, {"zeros": 0, "minus one": -1}.get(style, 1))
+            elif style == "sizes":
+                values = np.full(shape, max(sizes.values(), default=1))
+            elif style == "range":
+                values = random.permutation(values.size).reshape(shape)
         elif spec.dtype.kind == "b":
             values = random.integers(0, 2, shape)
         elif spec.dtype.kind in "OUS":
             values = np.full(shape, "a", object)
+        elif style == "all ones":
+            values = np.ones(shape)
+        elif style == "positive":
+            values = random.uniform(0.05, 0.95, shape)
         else:
             values = random.standard_normal(shape, np.float32)
         feeds[spec.name] = np.asarray(values).astype(spec.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -14,6 +15,10 @@ from onnx_simplify.graph.model import Model, headless
 from onnx_simplify.runtime.widen import as_float32, widen
 
 PROVIDERS = ["CPUExecutionProvider"]
+_RANDOM = frozenset(
+    """Bernoulli Dropout Multinomial RandomNormal RandomNormalLike RandomUniform
+    RandomUniformLike""".split()
+)
 # Weights of more bytes are only optimised where that is the point: it copies them.
 _LARGE = 1 << 30
 
@@ -58,6 +63,7 @@ class Session:
         if self._stand_in:
             widen(proto)
             large = {name: as_float32(values) for name, values in large.items()}
+        _fix_seeds(proto.graph)
         self.output_names = [o.name for o in proto.graph.output]
         self._weights: dict[str, np.ndarray] = {}
         if not always and sum(a.nbytes for a in large.values()) > _LARGE:
@@ -84,10 +90,40 @@ class Session:
         self, feeds: dict[str, np.ndarray], outputs: Sequence[str] | None = None
     ) -> list[np.ndarray]:
         """Run once and return the outputs (all, or those named)."""
+        # Scalars that come out of arithmetic are none of the types that onnxruntime takes.
+        feeds = {name: np.asarray(values) for name, values in feeds.items()}
         if self._stand_in:
             feeds = {name: as_float32(values) for name, values in feeds.items()}
         found: list[np.ndarray] = self.raw.run(outputs, {**self._weights, **feeds})
         return found
+
+
+def is_random(model: Model) -> bool:
+    """Whether the model makes random numbers of its own."""
+    nodes = [model.export_node(n) for n in model.graph.nodes if n.op in _RANDOM]
+    nodes += [inner for n in model.graph.nodes for inner in model.inner_nodes(n)]
+    return any(_makes_noise(n) for n in nodes)
+
+
+def _makes_noise(node: onnx.NodeProto) -> bool:
+    if node.op_type == "Dropout":
+        return not node.domain and len(node.input) > 2
+    return not node.domain and node.op_type in _RANDOM
+
+
+def _fix_seeds(graph: onnx.GraphProto) -> None:
+    """Give operators that make random numbers seeds, where they have none, in place.
+
+    Without, the numbers depend on how many nodes come before, so that no two models agree.
+    """
+    for node in graph.node:
+        if _makes_noise(node) and not any(a.name == "seed" for a in node.attribute):
+            seed = zlib.crc32(node.output[0].encode()) % 2**16
+            kind = int if node.op_type == "Dropout" else float
+            node.attribute.append(onnx.helper.make_attribute("seed", kind(seed)))
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                _fix_seeds(attribute.g)
 
 
 def session_options(*, threads: int = 0, optimize: bool = True) -> ort.SessionOptions:

@@ -12,8 +12,10 @@ import numpy as np
 from onnx_simplify.errors import CannotVerifyError, ModelError, first_line
 from onnx_simplify.graph.model import Model
 from onnx_simplify.runtime.inputs import (
+    STYLES,
     Feeds,
     InputSpec,
+    alike,
     candidate_sizes,
     input_specs,
     is_free,
@@ -21,7 +23,7 @@ from onnx_simplify.runtime.inputs import (
     unlikely_sizes,
     varied,
 )
-from onnx_simplify.runtime.session import Session
+from onnx_simplify.runtime.session import Session, is_random
 from onnx_simplify.runtime.widen import needs_widening
 
 # Integer outputs such as arg-max may flip where two scores tie to within rounding.
@@ -33,6 +35,8 @@ _JUMPS = frozenset(
     NonMaxSuppression Round Sign TopK""".split()
 )
 _ATTEMPTS = 24
+# Of those sizes, so many are tried with other than random values.
+_FEW_SIZES = 4
 # Some networks hardly react to their input: an output may not be off by more than this share of
 # its variation between two inputs, unless that is rounding, which it may exceed by a margin.
 _NOISE = 0.1
@@ -77,6 +81,7 @@ class Reference:
         names: its outputs.
         specs: its inputs.
         runs: at least two runs of the same sizes, then runs of other sizes where any are free.
+        one_size: whether sizes are free, but no others than the first were accepted.
     """
 
     def __init__(
@@ -102,14 +107,32 @@ class Reference:
         self.model = model
         self.specs = input_specs(model, input_shapes)
         self.runs: list[Run] = []
+        self.one_size = False
         self._noise: list[float] | None = None
         self._ties = any(n.op in _JUMPS for n in model.graph.nodes)
         session = self._open()
         self.names = session.output_names
-        if input_data is not None:
-            self._run_data(session, input_data, max(2, count))
+        try:
+            self._run(session, input_data, max(2, count))
+        except CannotVerifyError:
+            if model.stand_in or not needs_widening(model.structure()[0]):
+                raise
+            # There may be kernels, but no way to feed them.
+            model.stand_in = True
+            self._run(Session(model), input_data, max(2, count))
+        if is_random(model):
+            # Noise depends on how many runs there were before.
+            session = self._open()
+            for run in self.runs:
+                run.outputs = session.run(run.feeds)
+
+    def _run(
+        self, session: Session, data: Mapping[str, np.ndarray] | None, count: int
+    ) -> None:
+        if data is not None:
+            self._run_data(session, data, count)
         else:
-            self._run_random(session, max(2, count))
+            self._run_random(session, count)
 
     @property
     def feeds(self) -> list[Feeds]:
@@ -138,10 +161,12 @@ class Reference:
 
     def _run_random(self, session: Session, count: int) -> None:
         reason = ""
-        likely = islice(candidate_sizes(self.specs), _ATTEMPTS)
-        for sizes in chain(likely, unlikely_sizes(self.specs)):
+        sizes = list(islice(candidate_sizes(self.specs), _ATTEMPTS))
+        attempts = [(s, STYLES[0]) for s in chain(sizes, unlikely_sizes(self.specs))]
+        attempts += [(s, style) for style in STYLES[1:] for s in sizes[:_FEW_SIZES]]
+        for size, style in attempts:
             try:
-                self.runs = [self._once(session, sizes, seed) for seed in range(count)]
+                self.runs = [self._once(session, size, seed, style) for seed in range(count)]
             except Exception as error:
                 reason = reason or first_line(error)
                 continue
@@ -152,14 +177,27 @@ class Reference:
                 f"({reason}): give --input-shape or --input-data"
             )
         if is_free(self.specs):
-            for seed, other in enumerate(varied(self.specs, self.runs[0].sizes, 3)[1:], count):
-                try:
-                    self.runs.append(self._once(session, other, seed))
-                except Exception:  # this size is not for this model
-                    continue
+            first = self.runs[0].sizes
+            self._run_others(session, style, varied(self.specs, first, 3)[1:])
+            if len(self.runs) == count:
+                self._run_others(session, style, alike(first), most=1)
+            self.one_size = len(self.runs) == count
 
-    def _once(self, session: Session, sizes: dict[str, int], seed: int) -> Run:
-        feeds = make_feeds(self.model, self.specs, sizes, seed)
+    def _run_others(
+        self, session: Session, style: str, others: Sequence[dict[str, int]], most: int = 2
+    ) -> None:
+        """Run other sizes, up to so many that the model accepts."""
+        for other in others:
+            try:
+                self.runs.append(self._once(session, other, len(self.runs), style))
+            except Exception:  # this size is not for this model
+                continue
+            most -= 1
+            if not most:
+                return
+
+    def _once(self, session: Session, sizes: dict[str, int], seed: int, style: str) -> Run:
+        feeds = make_feeds(self.model, self.specs, sizes, seed, style)
         outputs = session.run(feeds)
         if not all(_is_finite(o) for o in outputs):
             # Logarithms and roots want positive inputs.
@@ -189,8 +227,11 @@ class Reference:
             try:
                 self.runs.append(Run(other, session.run(other)))
             except Exception:
-                other = {n: v[..., ::-1].copy() for n, v in feeds.items()}
-                self.runs.append(Run(other, session.run(other)))
+                other = {n: v[..., ::-1].copy() if v.ndim else v for n, v in feeds.items()}
+                try:
+                    self.runs.append(Run(other, session.run(other)))
+                except Exception:  # the values are such that no others do
+                    self.runs.append(Run(feeds, session.run(feeds)))
 
     def compare(
         self,
