@@ -93,10 +93,10 @@ def candidate_sizes(specs: Sequence[InputSpec]) -> Iterator[dict[str, int]]:
         yield {}
         return
     seen = set()
-    for size in _SIZES if spatial else _SIZES[:1]:
-        if spatial and any(_volume(s, size) > _ELEMENT_BOUND for s in specs):
-            continue
-        for count in (1, 2) if batch else (1,):
+    for count in (1, 2) if batch else (1,):
+        for size in _SIZES if spatial else _SIZES[:1]:
+            if spatial and any(_volume(s, size) > _ELEMENT_BOUND for s in specs):
+                continue
             sizes = dict.fromkeys(batch, count) | dict.fromkeys(spatial, size)
             key = tuple(sizes.items())
             if key not in seen:

@@ -34,7 +34,7 @@ _JUMPS = frozenset(
     """ArgMax ArgMin Ceil Equal Floor Greater GreaterOrEqual Less LessOrEqual Mod
     NonMaxSuppression Round Sign TopK""".split()
 )
-_ATTEMPTS = 24
+_ATTEMPTS = 36
 # Of those sizes, so many are tried with other than random values.
 _FEW_SIZES = 4
 # Some networks hardly react to their input: an output may not be off by more than this share of
