@@ -316,10 +316,7 @@ def _print_summary(console: Console, report: Report) -> None:
         _print_plans(console, report.plans, report.plan)
     _print_notes(console, report)
     if report.threshold:
-        count = sum(layer.small for layer in report.layers)
-        console.print(
-            f"{count} channels below {report.threshold:.1e} of their layer were taken for zero"
-        )
+        _print_small(console, report)
     found = report.verification
     if found is None:
         console.print("not verified")
@@ -328,6 +325,24 @@ def _print_summary(console: Console, report: Report) -> None:
             f"verified on {found.runs} inputs: worst relative error {found.worst:.1e} "
             f"(allowed {found.tolerance:.0e})"
         )
+
+
+def _print_small(console: Console, report: Report) -> None:
+    """What a threshold did, layer by layer."""
+    layers = [layer for layer in report.layers if layer.small]
+    if layers:
+        table = Table(box=box.SIMPLE_HEAD)
+        for title in ("layer", "outputs", "taken for zero"):
+            table.add_column(
+                title, justify="left" if title == "layer" else "right", overflow="fold"
+            )
+        for layer in layers:
+            table.add_row(escape(layer.name), str(layer.outputs), str(layer.small))
+        console.print(table)
+    console.print(
+        f"{sum(layer.small for layer in layers)} channels below {report.threshold:.1e} of their "
+        "layer were taken for zero"
+    )
 
 
 def _print_plans(console: Console, plans: Mapping[str, Timing], chosen: str) -> None:

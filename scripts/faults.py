@@ -4,6 +4,8 @@
     python scripts/faults.py kills [COUNT]           SIGKILL at random moments (default: 100)
     python scripts/faults.py writers [COUNT]         two runs on the same output (default: 20)
 
+--write puts the result into docs/robustness.md.
+
 A mutant may be refused (exit code 1 to 3, one line on the standard error, the output file
 untouched) or simplified (then original and result are compared once more). Anything else is a
 failure: a traceback, an internal error, a crash that no message tells of, more than 60 seconds.
@@ -28,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np  # noqa: E402
@@ -36,7 +38,10 @@ import onnx  # noqa: E402
 import onnxruntime as ort  # noqa: E402
 from google.protobuf.message import Message  # noqa: E402
 
+import publish  # noqa: E402
+
 SAMPLE = ROOT / "scripts" / "sample" / "pruned_residual_cnn.onnx"
+WRITE = False
 _SECONDS = 60
 _BASES = 150
 _UNTOUCHED = b"what was there before"
@@ -328,8 +333,21 @@ def mutants(first: int, last: int) -> int:
             failures += outcome.failed
             if outcome.failed or outcome.kind == "crash told":
                 print(f"{outcome.seed}: {outcome.kind}: {outcome.detail.strip()[:300]}", flush=True)
-    print(f"{last - first} mutants: {dict(counts)}")
+    told = counts["crash told"]
+    say(
+        "mutants",
+        f"{last - first:,} damaged models: {counts['refused'] + told:,} refused with one line "
+        f"({told} of them because native code crashed), {counts['ok']:,} simplified and equal, "
+        f"{failures} failures.",
+    )
     return failures
+
+
+def say(marker: str, text: str) -> None:
+    """Print a result and, if that was asked for, put it into docs/robustness.md."""
+    print(text, flush=True)
+    if WRITE:
+        publish.replace_section(ROOT / "docs" / "robustness.md", marker, text)
 
 
 def _command(source: Path, result: Path, *options: str) -> list[str]:
@@ -368,7 +386,7 @@ def kills(count: int) -> int:
         subprocess.run(_command(SAMPLE, result), cwd=ROOT, check=True)
         left = [p.name for p in folder.iterdir() if p.name not in ("out.onnx", "out.onnx.data")]
         failures += bool(left)
-    print(f"{count} kills ({done} came too late): {failures} failures, left at the end: {left}")
+    say("kills", f"{count} kills ({done} came too late): {failures} failures.")
     return failures
 
 
@@ -387,7 +405,7 @@ def writers(count: int) -> int:
             if any(codes) or gap > 1e-4 or names:
                 failures += 1
                 print(f"{number}: exit codes {codes}, error {gap:.1e}, left: {names}", flush=True)
-    print(f"{count} pairs of writers: {failures} failures")
+    say("writers", f"{count} pairs of runs: {failures} failures.")
     return failures
 
 
@@ -400,7 +418,11 @@ def main() -> int:
     each.add_argument("last", type=int, nargs="?", default=2000)
     for name, default in (("kills", 100), ("writers", 20)):
         kinds.add_parser(name).add_argument("count", type=int, nargs="?", default=default)
+    for each in kinds.choices.values():
+        each.add_argument("--write", action="store_true", help="write docs/robustness.md")
     options = parser.parse_args()
+    global WRITE
+    WRITE = options.write
     if options.kind == "mutants":
         return bool(mutants(options.first, options.last))
     return bool((kills if options.kind == "kills" else writers)(options.count))

@@ -1,6 +1,6 @@
 """Simplify many random graphs and check each: same function, and a second run changes nothing.
 
-    python scripts/fuzz.py [FIRST LAST] [--jobs N]       (default: 0 2000)
+    python scripts/fuzz.py [FIRST LAST] [--jobs N] [--write]    (default: 0 2000)
 
 Graphs that fail are saved as build/fuzz/SEED.onnx. Exit code 1 if any did.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if TYPE_CHECKING:
@@ -35,11 +35,13 @@ def main() -> int:
     from rich.console import Console
     from rich.progress import track
 
+    import publish
     from random_graphs import random_model
 
     parser = argparse.ArgumentParser(description="Check random graphs.")
     parser.add_argument("first", type=int, nargs="?", default=0)
     parser.add_argument("last", type=int, nargs="?", default=2000)
+    parser.add_argument("--write", action="store_true", help="write docs/robustness.md")
     parser.add_argument("--jobs", type=int, help="processes (default: one per core)")
     options = parser.parse_args()
     console = Console(stderr=True)
@@ -59,10 +61,14 @@ def main() -> int:
                 folder.mkdir(parents=True, exist_ok=True)
                 onnx.save(random_model(seed), folder / f"{seed}.onnx")
                 print(f"{seed}: {outcome.kind}: {outcome.detail[:300]}", flush=True)
-    print(
-        f"{len(seeds)} graphs, {quantized} of them quantised: {dict(counts)}; "
-        f"something was removed from {removed}"
+    others = {kind: count for kind, count in counts.items() if kind != "ok"}
+    text = (
+        f"{len(seeds):,} graphs, {quantized:,} of them quantised: channels were removed from "
+        f"{removed:,}, {counts['ok']:,} are equal" + (f", {others}." if others else ".")
     )
+    print(text)
+    if options.write:
+        publish.replace_section(ROOT / "docs" / "robustness.md", "fuzz", text)
     return 0 if set(counts) <= {"ok"} else 1
 
 
