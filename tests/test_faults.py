@@ -225,3 +225,13 @@ def test_the_work_ends_with_the_process(number):
     while is_alive(child) and time.monotonic() < patience:
         time.sleep(0.01)
     assert not is_alive(child)
+
+
+def test_data_file_that_is_no_longer_needed(tmp_path, cli):
+    """It may belong to another model, too: it stays, and a note says so."""
+    path = tmp_path / "model.onnx"
+    store.save(labelled(1), path, external=True)
+    result = cli(path, path)
+    assert result.code == 0 and "model.onnx.data is as it was" in " ".join(result.out.split())
+    (path.parent / "model.onnx.data").unlink()
+    assert value(path) == 1
