@@ -217,12 +217,12 @@ def _run(arguments: argparse.Namespace) -> int:
             raise CannotVerifyError(f"{error} (or --no-verify)") from error
         if not arguments.inspect:
             progress("writing")
-            data = f"{os.path.realpath(arguments.output)}.data"
-            before = os.stat(data).st_ino if os.path.exists(data) else None
+            beside = f"{os.path.realpath(arguments.output)}.data"
+            before = os.stat(beside).st_ino if os.path.exists(beside) else None
             size = save(model, arguments.output, external=arguments.save_external_data)
             report.after.bytes = size
-            if before is not None and os.path.exists(data) and os.stat(data).st_ino == before:
-                report.notes.append(f"{data} is as it was: the new model does not need it")
+            if before is not None and os.path.exists(beside) and os.stat(beside).st_ino == before:
+                report.notes.append(f"{beside} is as it was: the new model does not need it")
     if arguments.json is not None:
         _write_json(report, arguments)
     if arguments.inspect:

@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import onnx_simplify
 from build import Graph, assert_same_function, count, pruned, random_feeds
+from onnx_simplify.runtime import session
 
 DEAD = range(0, 16, 2)
 
@@ -347,3 +348,23 @@ def test_removing_channels_does_not_multiply_a_shared_weight():
     result, report = simplified(model, {"n": 2})
     assert report.after.bytes < report.before.bytes
     assert report.layers[-2].outputs_after == 8
+
+
+def test_a_loop_without_end(monkeypatch):
+    """Is given up, not waited for; what needs no run is still done on request."""
+    monkeypatch.setattr(session, "_PATIENCE", 0.5)
+    g = Graph(opset=17)
+    y = features(g, g.input("x", ["n", 3, 8, 8]))
+    info = helper.make_tensor_value_info
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["go"], ["on"]), helper.make_node("Tanh", ["s"], ["t"])],
+        "body",
+        [info("step", TensorProto.INT64, []), info("go", TensorProto.BOOL, []),
+         info("s", TensorProto.FLOAT, None)],
+        [info("on", TensorProto.BOOL, []), info("t", TensorProto.FLOAT, None)],
+    )
+    g.output(g.op("Loop", np.array(2**62), np.array(True), y, body=body), shape=["n", 16, 8, 8])
+    with pytest.raises(onnx_simplify.CannotVerifyError, match="loops for more than"):
+        onnx_simplify.simplify(g.model())
+    result, _ = onnx_simplify.simplify(g.model(), verify=False)
+    assert count(result, "Loop") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import zlib
 from collections.abc import Iterable, Sequence
 
@@ -11,6 +12,7 @@ import onnx_graphsurgeon as gs
 import onnxruntime as ort
 from onnx import ModelProto
 
+from onnx_simplify.errors import CannotVerifyError
 from onnx_simplify.graph.model import Model, headless
 from onnx_simplify.runtime.widen import as_float32, widen
 
@@ -21,6 +23,8 @@ _RANDOM = frozenset(
 )
 # Weights of more bytes are only optimised where that is the point: it copies them.
 _LARGE = 1 << 30
+# Seconds that a loop may run, which need not end.
+_PATIENCE = 40
 
 
 def silence() -> None:
@@ -64,6 +68,11 @@ class Session:
             widen(proto)
             large = {name: as_float32(values) for name, values in large.items()}
         _fix_seeds(proto.graph)
+        self._loops = any(n.op in ("Loop", "Scan") for n in model.graph.nodes) or any(
+            inner.op_type in ("Loop", "Scan")
+            for node in model.graph.nodes
+            for inner in model.inner_nodes(node)
+        )
         self.output_names = [o.name for o in proto.graph.output]
         self._weights: dict[str, np.ndarray] = {}
         if not always and sum(a.nbytes for a in large.values()) > _LARGE:
@@ -89,12 +98,35 @@ class Session:
     def run(
         self, feeds: dict[str, np.ndarray], outputs: Sequence[str] | None = None
     ) -> list[np.ndarray]:
-        """Run once and return the outputs (all, or those named)."""
+        """Run once and return the outputs (all, or those named).
+
+        Raises:
+            CannotVerifyError: a loop runs for too long.
+        """
         # Scalars that come out of arithmetic are none of the types that onnxruntime takes.
         feeds = {name: np.asarray(values) for name, values in feeds.items()}
         if self._stand_in:
             feeds = {name: as_float32(values) for name, values in feeds.items()}
-        found: list[np.ndarray] = self.raw.run(outputs, {**self._weights, **feeds})
+        feeds = {**self._weights, **feeds}
+        found: list[np.ndarray]
+        if not self._loops:
+            found = self.raw.run(outputs, feeds)
+            return found
+        options = ort.RunOptions()
+        options.log_severity_level = 4
+        timer = threading.Timer(_PATIENCE, setattr, (options, "terminate", True))
+        timer.daemon = True
+        timer.start()
+        try:
+            found = self.raw.run(outputs, feeds, options)
+        except Exception as error:
+            if options.terminate:
+                raise CannotVerifyError(
+                    f"the model loops for more than {_PATIENCE} seconds: give --input-data"
+                ) from error
+            raise
+        finally:
+            timer.cancel()
         return found
 
 

@@ -167,6 +167,8 @@ class Reference:
         for size, style in attempts:
             try:
                 self.runs = [self._once(session, size, seed, style) for seed in range(count)]
+            except CannotVerifyError:
+                raise
             except Exception as error:
                 reason = reason or first_line(error)
                 continue
