@@ -170,6 +170,22 @@ def test_groups_merge_into_blocks(monkeypatch):
     assert_same_function(model, plain, random_feeds(model))
 
 
+@pytest.mark.parametrize("counts", [[2, 1, 1, 2], [1, 2, 2, 1], [2, 0, 1, 1], [1, 2, 0, 1, 2, 2]])
+def test_channels_of_the_input_do_not_move(keen, counts):
+    """Nor do those that a depthwise convolution makes of them, one of each."""
+    g = Graph(seed=5)
+    wide = len(counts)
+    x = g.conv(g.input("x", ["n", wide, 9, 9]), g.normal(wide, 1, 3, 3), group=wide, name="before")
+    dead = [2 * group + k for group, count in enumerate(counts) for k in range(2 - count)]
+    weight = pruned(g.normal(2 * wide, 1, 5, 3), dead)
+    y = g.conv(x, weight, g.normal(2 * wide) * 0, group=wide, name="grouped")
+    y = g.conv(g.op("Relu", y), g.normal(4, 2 * wide, 1, 1), g.normal(4), name="behind")
+    g.output(y, g.conv(x, g.normal(4, wide, 1, 1), name="beside"))
+    model = g.model()
+    result, _ = simplify(model)
+    assert_same_function(model, result, random_feeds(model))
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), min_size=2, max_size=9))
 def test_merged_groups_compute_the_same(counts):

@@ -74,7 +74,8 @@ def can_move(analysis: Analysis, labels: np.ndarray, free: Collection[int] = ())
             nodes[id(analysis.producer[name])] = analysis.producer[name]
         nodes |= {id(node): node for node, _ in analysis.layouts.readers.get(name, ())}
     return all(
-        key in free or analysis.rule[key].may_reorder(node) for key, node in nodes.items()
+        key in free or analysis.rule[key].may_reorder(node, analysis)
+        for key, node in nodes.items()
     )
 
 

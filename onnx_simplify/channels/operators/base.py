@@ -77,7 +77,7 @@ class Operator:
     def shrink(self, node: gs.Node, cut: Cut) -> None:
         """Rewrite the node after channels of its inputs and outputs have left."""
 
-    def may_reorder(self, node: gs.Node) -> bool:
+    def may_reorder(self, node: gs.Node, analysis: Analysis) -> bool:
         """Whether :meth:`shrink` can also put channels into another order (``Cut.taken``)."""
         return self.reorders
 

@@ -388,9 +388,15 @@ class Linear(Operator):
         found[of_row != of_column] = 0
         return found
 
-    def may_reorder(self, node: gs.Node) -> bool:
-        """Rows and columns of the weights go along, unless groups hold several of them."""
-        return int(node.attrs.get("group", 1)) == 1 or self.dims(node)[1:] == (1, 1)
+    def may_reorder(self, node: gs.Node, analysis: Analysis) -> bool:
+        """Rows and columns of the weights go along, unless groups hold several of them.
+
+        Those of a depthwise convolution only if its inputs do, too.
+        """
+        if int(node.attrs.get("group", 1)) == 1:
+            return True
+        source, result = self.channels(node, analysis)
+        return self.dims(node)[1:] == (1, 1) and np.array_equal(source, result)
 
     def shrink_bias(self, node: gs.Node, cut: Cut, index: int, keep: np.ndarray) -> None:
         """Take some elements of the bias, a vector."""
