@@ -20,7 +20,7 @@ from onnxruntime.quantization import (
 )
 
 import onnx_simplify
-from build import Graph, assert_same_function, count, initializer, pruned
+from build import Graph, assert_same_function, count, initializer, pruned, set_initializer
 from onnx_simplify.graph.model import load
 from onnx_simplify.graph.quantized import Quantized, QuantizedConstant
 
@@ -279,3 +279,18 @@ def test_only_weights_are_unwrapped():
     assert [n.op_type for n in result.graph.node] == ["DequantizeLinear", "Gather"]
     values = numpy_helper.to_array(result.graph.initializer[0])
     assert values.dtype == np.int8
+
+
+def test_verification_sees_a_wrong_bias(tmp_path):
+    """However coarse the activations are."""
+    model = quantized(tmp_path, network(), per_channel=True)
+    wrong = onnx.ModelProto()
+    wrong.CopyFrom(model)
+    (conv,) = [n for n in model.graph.node if n.name == "conv2"]
+    dequantize = {n.output[0]: n.input[0] for n in model.graph.node}
+    name = dequantize[conv.input[2]]
+    bias = initializer(model, name).copy()
+    bias[1] += np.int32(np.abs(bias).max())
+    set_initializer(wrong, name, bias)
+    assert onnx_simplify.verify(model, model).passed
+    assert not onnx_simplify.verify(model, wrong).passed
