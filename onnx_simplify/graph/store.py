@@ -134,10 +134,11 @@ def _workspace(path: Path) -> Iterator[Path]:
     prefix = f".{path.name[:32]}.{_MARK}-"
     with _locked(path.parent):
         for old in path.parent.glob(f"{glob.escape(prefix)}*"):
-            lock = _lock(old)
-            if lock is not None:
-                shutil.rmtree(old, ignore_errors=True)
-                os.close(lock)
+            with suppress(BlockingIOError):
+                lock = _lock(old)
+                if lock is not None:
+                    shutil.rmtree(old, ignore_errors=True)
+                    os.close(lock)
         folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=prefix))
         lock = _lock(folder)
     try:
@@ -149,15 +150,23 @@ def _workspace(path: Path) -> Iterator[Path]:
 
 
 def _lock(folder: Path) -> int | None:
-    """A descriptor that holds a lock on a folder, or None if another process has it."""
+    """A descriptor that holds a lock on a folder, or None where there are no locks.
+
+    Raises:
+        BlockingIOError: another process has it.
+    """
+    if fcntl is None:
+        return None
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:
         return None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (OSError, AttributeError):  # there are file systems without locks
+    except OSError as error:
         os.close(handle)
+        if isinstance(error, BlockingIOError):
+            raise
         return None
     return handle
 
@@ -166,10 +175,13 @@ def _lock(folder: Path) -> int | None:
 def _locked(folder: Path) -> Iterator[None]:
     """Wait for a lock on a folder and hold it; whoever waits in vain goes on without."""
     patience = time.monotonic() + _PATIENCE
-    lock = _lock(folder)
-    while lock is None and fcntl is not None and time.monotonic() < patience:
-        time.sleep(0.01)
-        lock = _lock(folder)
+    lock = None
+    while time.monotonic() < patience:
+        try:
+            lock = _lock(folder)
+            break
+        except BlockingIOError:
+            time.sleep(0.01)
     try:
         yield
     finally:
