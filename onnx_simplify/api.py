@@ -23,9 +23,11 @@ or step by step:
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
+import onnx
 from onnx import ModelProto
 
 from onnx_simplify import pipeline
@@ -33,8 +35,9 @@ from onnx_simplify.channels.analysis import Analysis
 from onnx_simplify.channels.operators.linear import Linear
 from onnx_simplify.errors import CannotVerifyError, ModelError
 from onnx_simplify.graph.edit import label
-from onnx_simplify.graph.model import Model, ModelSource, load
+from onnx_simplify.graph.model import Model, ModelSource, fits_message, load
 from onnx_simplify.graph.shapes import infer
+from onnx_simplify.graph.store import check_writable, save
 from onnx_simplify.passes.clean import clean
 from onnx_simplify.passes.fold_batchnorm import check_pairs, foldable
 from onnx_simplify.passes.fold_batchnorm import fold_batchnorm as _fold_batchnorm
@@ -70,6 +73,7 @@ def simplify(
     threads: int = 1,
     threshold: float = 0.0,
     auto_threshold: float | None = None,
+    save_to: str | os.PathLike[str] | None = None,
 ) -> tuple[ModelProto, Report]:
     """Make a model as small and fast as its pruned channels allow.
 
@@ -97,12 +101,16 @@ def simplify(
             layer's largest; 0 is exact. ``rtol`` bounds how much that changes the outputs.
         auto_threshold: find the largest threshold that changes no output by more than this,
             relative to its magnitude, on ``input_data``; instead of ``threshold``.
+        save_to: write the result to this file as well, replacing it as a whole or not at all. The
+            only way to get at results of more than 2 GiB, which get a data file beside it.
 
     Returns:
-        The simplified model and the report.
+        The simplified model and the report. A model that was too large for one message refers to
+        the data file beside ``save_to``.
 
     Raises:
-        ModelError: the model cannot be read or is invalid, or an argument does not fit it.
+        ModelError: the model cannot be read or is invalid, or an argument does not fit it; or the
+            result is larger than 2 GiB and ``save_to`` is not given.
         CannotVerifyError: the original itself does not run, and ``verify`` is true.
         VerificationError: the result differs from the original.
     """
@@ -130,8 +138,15 @@ def simplify(
         threshold=threshold,
         auto_threshold=auto_threshold,
     )
+    if save_to is not None:
+        check_writable(save_to)
     result, report = pipeline.run(load(model), options)
-    return result.to_proto(), report
+    if save_to is None:
+        return result.to_proto(), report
+    report.after.bytes = save(result, save_to)
+    if fits_message(result):
+        return result.to_proto(), report
+    return onnx.load(os.fspath(save_to), load_external_data=False), report
 
 
 def fold_batchnorm(

@@ -47,6 +47,7 @@ from onnx_simplify import (
     simplify,
     verify,
 )
+from onnx_simplify.graph import model as graph_model
 
 PAIRS = [("conv1", "batchnormalization1"), ("conv2", "batchnormalization2")]
 
@@ -684,3 +685,27 @@ def test_errors_carry_exit_codes():
     assert issubclass(ModelError, SimplifyError) and ModelError.exit_code == 2
     assert issubclass(VerificationError, SimplifyError) and VerificationError.exit_code == 1
     assert issubclass(CannotVerifyError, SimplifyError) and CannotVerifyError.exit_code == 3
+
+
+def test_results_that_fit_no_message(model, tmp_path, monkeypatch):
+    """Above 2 GiB (here: 4 kB) a result needs a file, beside which its weights are."""
+    monkeypatch.setattr(graph_model, "MESSAGE_LIMIT", 4096)
+    with pytest.raises(onnx_simplify.ModelError, match="give save_to"):
+        onnx_simplify.simplify(model)
+    path = tmp_path / "small.onnx"
+    found, report = onnx_simplify.simplify(model, save_to=path)
+    assert {p.name for p in tmp_path.iterdir()} == {"small.onnx", "small.onnx.data"}
+    assert any(t.external_data for t in found.graph.initializer)
+    assert report.after.bytes == sum(p.stat().st_size for p in tmp_path.iterdir())
+    assert_same_function(model, path, random_feeds(model))
+
+
+def test_save_to(model, tmp_path):
+    path = tmp_path / "small.onnx"
+    found, report = onnx_simplify.simplify(model, save_to=path)
+    stored = onnx.load(path)
+    weights = [sorted(m.graph.initializer, key=lambda t: t.name) for m in (stored, found)]
+    assert weights[0] == weights[1] and stored.graph.node == found.graph.node
+    assert report.after.bytes == path.stat().st_size
+    with pytest.raises(onnx_simplify.ModelError, match="does not exist"):
+        onnx_simplify.simplify(model, save_to=tmp_path / "no" / "small.onnx")

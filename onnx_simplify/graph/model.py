@@ -337,9 +337,9 @@ class Model:
             ModelError: the weights do not fit into one message (2 GiB); save them to a file with
                 external data instead.
         """
+        if not fits_message(self):
+            raise ModelError("the model exceeds protobuf's 2 GiB: give save_to, a file")
         proto, large = self.structure()
-        if sum(t.values.nbytes for t in large.values()) > MESSAGE_LIMIT:
-            raise ModelError("the model exceeds protobuf's 2 GiB: save it with external data")
         for tensor in proto.graph.initializer:
             if tensor.name in large:
                 tensor.ClearField("external_data")
@@ -438,6 +438,11 @@ def load(source: ModelSource) -> Model:
     model.source_bytes = source_bytes
     model.mapped = list({id(m): m for m in map(_mapping, arrays.values()) if m}.values())
     return model
+
+
+def fits_message(model: Model) -> bool:
+    """Whether a single protobuf message can hold the weights."""
+    return sum(t.values.nbytes for t in model.initializers().values()) <= MESSAGE_LIMIT
 
 
 def headless(proto: ModelProto) -> ModelProto:

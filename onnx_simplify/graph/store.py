@@ -26,7 +26,7 @@ import onnx_graphsurgeon as gs
 from onnx import GraphProto, ModelProto, TensorProto
 
 from onnx_simplify.errors import ModelError
-from onnx_simplify.graph.model import MESSAGE_LIMIT, Model
+from onnx_simplify.graph.model import Model, fits_message
 from onnx_simplify.graph.wire import GRAPH, INITIALIZER, RAW_DATA, length_prefix
 
 try:
@@ -64,7 +64,7 @@ def save(model: Model, path: str | os.PathLike[str], *, external: bool = False) 
     """
     path = Path(os.path.realpath(path))
     proto, large = model.structure()
-    external = external or sum(t.values.nbytes for t in large.values()) > MESSAGE_LIMIT
+    external = external or not fits_message(model)
     try:
         with _workspace(path) as folder:
             if external:
