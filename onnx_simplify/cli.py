@@ -237,6 +237,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _emit(text: str, *, written: bool) -> None:
     """Write to the standard output, whatever it can show."""
+    if sys.stdout is None:  # closed
+        return
     encoding = sys.stdout.encoding or "utf-8"
     try:
         sys.stdout.write(text.encode(encoding, "replace").decode(encoding))

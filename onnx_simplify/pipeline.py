@@ -47,6 +47,21 @@ _TURNS = 4
 _LARGEST_THRESHOLD = 0.1
 # A plan that is faster than the cost model's by less than this is not.
 _NOISE = 0.01
+# Where verification fails, what is left out next, if there is such an operator. Folding rounds
+# weights once more, which neither half precision nor sums that all but cancel forgive; integer
+# kernels have limits of their own.
+_CAUTION = (
+    (
+        "BatchNormalization",
+        "fold_batchnorm",
+        "BatchNormalization left alone: folding it costs precision",
+    ),
+    (
+        "QuantizeLinear",
+        "propagate_bias",
+        "constants left alone: onnxruntime's integer kernels do not take them",
+    ),
+)
 # A file that grows by no more bytes than this has gained a few names.
 _MARGIN = 1024
 _HALF_PRECISION = ("float16", "bfloat16")
@@ -106,15 +121,14 @@ def run(original: Model, options: Options) -> tuple[Model, Report]:
     try:
         model, report = task.carry_out(target)
     except VerificationError:
-        folds = any(n.op == "BatchNormalization" for n in original.graph.nodes)
-        if not folds or "fold_batchnorm" in options.skip:
-            raise
-        # Folding rounds the weights once more. Half precision may not forgive that, nor do sums
-        # that all but cancel.
-        skip = {*options.skip, "fold_batchnorm"}
-        model, report = run(original, replace(options, skip=skip))
-        report.notes.append("BatchNormalization left alone: folding it costs precision")
-        return model, report
+        operators = {n.op for n in original.graph.nodes}
+        for operator, left_out, note in _CAUTION:
+            if operator in operators and left_out not in options.skip:
+                skip = {*options.skip, left_out}
+                model, report = run(original, replace(options, skip=skip))
+                report.notes.append(note)
+                return model, report
+        raise
     if report.after.bytes > report.before.bytes and "remove_zeroed" not in options.skip:
         model, report = task.smallest(target, model, report)
     if (options.benchmark or options.tune) and reference is not None:

@@ -103,6 +103,7 @@ class Builder:
         self.extras: list[Tensor] = []  # live, of another type
         self.params: list[Tensor] = []
         self.used: list[str] = []
+        self.stored: list[Tensor] = []  # weights behind DequantizeLinear
 
     def attempt(self, grow: Callable[[Builder], Any]) -> None:
         """Apply a grower; if it does not fit leave no trace."""
@@ -373,6 +374,9 @@ def _dequantize(
     b: Builder, weight: np.ndarray, bias: np.ndarray | None, axis: int, scale: float
 ) -> list[Tensor | None]:
     """A weight and a bias that are stored as integers; axis is the weight's output axis."""
+    known = [w for w in b.stored if w.values[0].shape == weight.shape]
+    if known and b.chance(0.25):
+        return [b.choose(known), None if bias is None else b.param(bias)]
     kind = np.dtype(b.choose([np.int8, np.int8, np.uint8]))
     per_axis = b.opset >= 13 and b.chance(0.5)
     axes = tuple(a for a in range(weight.ndim) if a != axis) if per_axis else None
@@ -384,6 +388,7 @@ def _dequantize(
     attrs = {"axis": axis} if per_axis else {}
     q = [b.const(stored, kind), b.const(scales), b.const(zeros, kind)]
     found: list[Tensor | None] = [b.op("DequantizeLinear", *q, keep=False, **attrs), None]
+    b.stored += found[:1]
     if bias is not None and b.chance(0.2):
         found[1] = b.param(bias)
     elif bias is not None:

@@ -16,6 +16,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from onnx_simplify.cli import main
 from onnx_simplify.graph import store
 from onnx_simplify.graph.model import Model, load
 from onnx_simplify.runtime.session import Session
@@ -235,3 +236,22 @@ def test_data_file_that_is_no_longer_needed(tmp_path, cli):
     assert result.code == 0 and "model.onnx.data is as it was" in " ".join(result.out.split())
     (path.parent / "model.onnx.data").unlink()
     assert value(path) == 1
+
+
+def test_data_of_the_input_are_not_overwritten(tmp_path, cli):
+    """A copy of a model refers to the same data file as the original does."""
+    path, copy = tmp_path / "model.onnx", tmp_path / "copy.onnx"
+    store.save(labelled(1), path, external=True)
+    copy.write_bytes(path.read_bytes())
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    result = cli(copy, path, "--save-external-data")
+    assert result.code == 2 and "holds the weights of the input" in result.err
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    assert cli(path, path, "--save-external-data").code == 0
+    assert value(path) == 1
+
+
+def test_closed_standard_output(tmp_path, monkeypatch, sample):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main([str(sample), str(tmp_path / "out.onnx")]) == 0
+    assert (tmp_path / "out.onnx").exists()

@@ -20,7 +20,15 @@ from onnxruntime.quantization import (
 )
 
 import onnx_simplify
-from build import Graph, assert_same_function, count, initializer, pruned, set_initializer
+from build import (
+    Graph,
+    assert_same_function,
+    count,
+    initializer,
+    pruned,
+    random_feeds,
+    set_initializer,
+)
 from onnx_simplify.graph.model import load
 from onnx_simplify.graph.quantized import Quantized, QuantizedConstant
 
@@ -294,3 +302,96 @@ def test_verification_sees_a_wrong_bias(tmp_path):
     set_initializer(wrong, name, bias)
     assert onnx_simplify.verify(model, model).passed
     assert not onnx_simplify.verify(model, wrong).passed
+
+
+def per_row(g: Graph, stored: np.ndarray, name: str = "w") -> str:
+    """Weights with one scale per output."""
+    scales = g.rng.uniform(0.01, 0.03, len(stored)).astype(np.float32)
+    parts = g.const(stored, f"{name}q"), g.const(scales, f"{name}s")
+    return g.op("DequantizeLinear", *parts, axis=0)
+
+
+def test_a_copy_of_a_weight_has_scales_of_its_own():
+    """One reader of a shared weight keeps one row of it, the other all: with all scales."""
+    g = Graph(opset=17)
+    weight = per_row(g, g.rng.integers(-100, 100, (8, 16, 3, 3)).astype(np.int8))
+    bias = np.zeros(16, np.float32)
+    bias[1] = 0.7
+    first = pruned(g.normal(16, 64, 3, 3), [1])
+    a = g.op("Relu", g.conv(g.input("x", ["n", 64, 9, 9]), first, bias))
+    last = g.normal(2, 8, 1, 1)
+    last[:, 1:] = 0
+    g.output(g.conv(g.conv(a, weight, np.zeros(8, np.float32)), last))
+    g.output(g.conv(g.input("other", ["n", 16, 9, 9]), weight))
+    model = g.model()
+    result, report = onnx_simplify.simplify(model, channel_multiple=1)
+    assert_same_function(model, result, random_feeds(model), rtol=1e-6)
+    assert report.channels_removed == 8
+
+
+def test_cuts_with_other_scales_are_not_the_same():
+    """Two cuts of one weight with equal integers."""
+    g = Graph(opset=17)
+    half = g.rng.integers(-100, 100, (4, 16, 3, 3)).astype(np.int8)
+    weight = per_row(g, np.concatenate([half, half]))
+    for name, dead in (("x", range(4)), ("z", range(4, 8))):
+        reader = g.normal(8, 8, 3, 3)
+        reader[:, dead] = 0
+        g.output(g.conv(g.conv(g.input(name, ["n", 16, 9, 9]), weight), reader))
+    model = g.model()
+    result, _ = onnx_simplify.simplify(model, channel_multiple=1)
+    assert_same_function(model, result, random_feeds(model), rtol=1e-6)
+
+
+@pytest.mark.parametrize("captured", ["wq", "ws", "w"])
+def test_a_body_reads_the_stored_weight(captured):
+    """It must find all of it."""
+    g = Graph(opset=17)
+    stored = g.rng.integers(-100, 100, (8, 3, 3, 3)).astype(np.int8)
+    stored[::2] = 0
+    weight = per_row(g, stored)
+    name = weight if captured == "w" else captured
+    result = [onnx.helper.make_tensor_value_info("total", onnx.TensorProto.FLOAT, [])]
+    nodes = [
+        onnx.helper.make_node("Cast", [name], ["float"], to=onnx.TensorProto.FLOAT),
+        onnx.helper.make_node("ReduceSum", ["float"], ["total"], keepdims=0),
+    ]
+    body = onnx.helper.make_graph(nodes, "body", [], result)
+    y = g.op("Relu", g.conv(g.input("x", ["n", 3, 9, 9]), weight))
+    g.output(g.conv(y, g.normal(4, 8, 1, 1)))
+    g.output(g.op("If", g.input("c", [], bool), then_branch=body, else_branch=body))
+    model = g.model()
+    model.graph.output[1].type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    simplified, _ = onnx_simplify.simplify(model, channel_multiple=1)
+    assert_same_function(model, simplified, random_feeds(model), rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(5,), (1, 5), (1,), (), (1, 1)])
+@pytest.mark.parametrize("beta", [1.0, 0.5])
+def test_quantized_bias_of_a_gemm(shape, beta):
+    """Of whatever shape, and scaled."""
+    g = Graph(opset=17)
+    first = pruned(g.normal(8, 6), [2, 5])
+    y = g.op("Relu", g.gemm(g.input("x", ["n", 6]), first, np.full(8, 0.5, np.float32)))
+    scale = np.float32(0.25)
+    weight = g.op("DequantizeLinear", g.rng.integers(-9, 9, (5, 8)).astype(np.int8), scale)
+    bias = np.full(shape, 3, np.int32)
+    bias = g.op("DequantizeLinear", bias, np.float32(0.125))
+    g.output(g.op("Gemm", y, weight, bias, transB=1, beta=beta))
+    model = g.model()
+    result, report = onnx_simplify.simplify(model, channel_multiple=1)
+    assert_same_function(model, result, random_feeds(model), rtol=1e-6)
+    assert report.layers[0].outputs_after == (6 if shape == (5,) else 8)
+
+
+def test_scales_along_the_inputs_are_left_alone():
+    """onnxruntime takes them for those of the outputs."""
+    g = Graph(opset=17)
+    x = activation(g, g.input("x", ["n", 6]), 0.02, 128)
+    scales = g.rng.uniform(0.01, 0.03, 6).astype(np.float32)
+    stored = g.rng.integers(-9, 9, (6, 6)).astype(np.int8)
+    stored[:, [1, 3]] = 0
+    y = g.op("MatMul", x, g.op("DequantizeLinear", stored, scales, axis=0))
+    g.output(g.op("MatMul", y, g.normal(6, 4)))
+    _, report = onnx_simplify.simplify(g.model(), channel_multiple=1)
+    assert report.channels_removed == 0

@@ -169,8 +169,8 @@ class Editor:
             old.__dict__.pop(DERIVED, None)
         else:
             values = values.load() if isinstance(values, ZeroedSlices) else values
-            array = values.stored if isinstance(values, Quantized) else values
-            key = (old.name, array.shape, array.dtype.str, array.tobytes())
+            arrays = values.arrays() if isinstance(values, Quantized) else [values]
+            key = (old.name, *((a.shape, a.dtype.str, a.tobytes()) for a in arrays))
             new = self._shared.get(key) or self.model.replacement(
                 old, values, self.model.unique(old.name)
             )

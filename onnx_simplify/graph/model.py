@@ -54,6 +54,7 @@ class Model:
         pinned: tensors whose channels must stay, see :meth:`pin`.
         mapped: files mapped into memory that weights are views of.
         disputed: outputs of nodes whose shapes inference gets wrong, by onnxruntime's standards.
+        files: what the model was loaded from: its file, then those of external data.
         source_bytes: size of what the model was loaded from, external data included.
         keep_shared: leave nodes alone whose weights others read, too, so that these need no copy.
         stand_in: run a float32 version of the model, see :mod:`onnx_simplify.runtime.widen`.
@@ -119,6 +120,7 @@ class Model:
         self.keep_shared = False
         self.stand_in = False
         self.disputed: frozenset[str] = frozenset()
+        self.files: list[Path] = []
         self.source_bytes: int | None = None
 
     @property
@@ -157,7 +159,7 @@ class Model:
         }
         gone = {id(node) for node, _ in found.values()}
         uses = Counter(t.name for n in self.graph.nodes for t in n.inputs)
-        self._shared |= {name for name, count in uses.items() if count > 1}
+        self._shared |= {name for name, count in uses.items() if count > 1} | self.kept_names
         keep = [n for n in self.graph.nodes if id(n) not in gone]
         for node in keep:
             for index, tensor in enumerate(node.inputs):
@@ -183,7 +185,10 @@ class Model:
             new.message = NodeProto.FromString(new.message.SerializeToString())
             new.message.name = self.unique(new.message.name)
         for index, part in enumerate(new.parts()):
-            if part.values is not before[index] and (name or part.name in self._shared):
+            if part.values is before[index]:
+                # The other one, if it is still there, has the same.
+                self._shared |= {part.name} if name else set()
+            elif name or part.name in self._shared:
                 new.names[index] = self.unique(part.name)
         return new
 
@@ -227,14 +232,21 @@ class Model:
         return tensor.name in self.kept_names
 
     def initializers(self) -> dict[str, gs.Constant]:
-        """All initializers the graph uses, by name."""
+        """All initializers the graph uses, by name.
+
+        Raises:
+            RuntimeError: two quantised weights have different values for one name.
+        """
         found: dict[str, gs.Constant] = {}
         for tensor in (
             *(t for n in self.graph.nodes for t in n.inputs),
             *self.graph.outputs,
         ):
             if isinstance(tensor, QuantizedConstant):
-                found |= {part.name: part for part in tensor.parts()}
+                for part in tensor.parts():
+                    known = found.setdefault(part.name, part).values
+                    if known is not part.values and not np.array_equal(known, part.values):
+                        raise RuntimeError(f"two values for '{part.name}'")
             elif isinstance(tensor, gs.Constant):
                 found[tensor.name] = tensor
         for node in self.graph.nodes:
@@ -267,6 +279,7 @@ class Model:
         other = Model(proto, arrays)
         other.pinned = set(self.pinned)
         other.mapped = self.mapped
+        other.files = self.files
         other.stand_in = self.stand_in
         other.keep_shared = self.keep_shared
         other.disputed = self.disputed
@@ -436,6 +449,8 @@ def load(source: ModelSource) -> Model:
     except Exception as error:
         raise ModelError(f"not a valid ONNX graph: {first_line(error)}") from error
     model.source_bytes = source_bytes
+    if not isinstance(source, (ModelProto, bytes)):
+        model.files = [Path(source).resolve(), *files]
     model.mapped = list({id(m): m for m in map(_mapping, arrays.values()) if m}.values())
     return model
 

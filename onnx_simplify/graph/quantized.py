@@ -53,6 +53,22 @@ class Quantized(LazyValues):
         """The numbers, of the type of ``scale``."""
         return self.steps().astype(self.dtype) * self._along(self.scale)
 
+    def arrays(self) -> list[np.ndarray]:
+        """The integers, the scales and, if there are any, the zero points."""
+        return [a for a in (self.stored, self.scale, self.zero) if a is not None]
+
+    def used(self) -> np.ndarray:
+        """Which numbers are not zero, bool."""
+        return self.stored != (0 if self.zero is None else self._along(self.zero))
+
+    def zeroed(self, axis: int, mask: np.ndarray) -> Quantized:
+        """The array with some positions (bool) along an axis set to zero."""
+        new = self._with(self.stored.copy(), None)
+        zero = np.zeros((), self.stored.dtype) if self.zero is None else self._along(self.zero)
+        place = (slice(None),) * axis + (mask,)
+        new.stored[place] = np.broadcast_to(zero, new.stored.shape)[place]
+        return new
+
     def steps(self) -> np.ndarray:
         """The integers counted from the zero point (int32; int64 for int32)."""
         steps = self.stored.astype(np.int64 if self.stored.dtype.itemsize > 2 else np.int32)
@@ -141,9 +157,7 @@ class QuantizedConstant(gs.Constant):
 
     def parts(self) -> Iterator[gs.Constant]:
         """The initializers."""
-        held = self.quantized
-        arrays = [held.stored, held.scale, held.zero]
-        for name, array in zip(self.names, arrays, strict=False):
+        for name, array in zip(self.names, self.quantized.arrays(), strict=True):
             yield gs.Constant(name, array)
 
     def node(self) -> NodeProto:

@@ -72,7 +72,7 @@ def save(model: Model, path: str | os.PathLike[str], *, external: bool = False) 
                 places = _write_data(proto, large, data)
                 size = data.stat().st_size
                 with _locked(path.parent):
-                    return size + _replace_pair(path, data, proto, places)
+                    return size + _replace_pair(model, path, data, proto, places)
             new = folder / path.name
             size = _write(new, _pieces(proto, large))
             _keep_mode(path, new)
@@ -203,7 +203,9 @@ def _sync(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def _replace_pair(path: Path, data: Path, proto: ModelProto, places: Places) -> int:
+def _replace_pair(
+    model: Model, path: Path, data: Path, proto: ModelProto, places: Places
+) -> int:
     """Move a model and its data to their places; the folder must be locked.
 
     The model must never name the data of another one.  So where there is a data file already, the
@@ -212,9 +214,10 @@ def _replace_pair(path: Path, data: Path, proto: ModelProto, places: Places) -> 
     some readers refuse, everything is ready before.
 
     Args:
-        path: the place of the model.
+        model: the model, which knows what it was loaded from.
+        path: its place.
         data: the complete data file.
-        proto: the model.
+        proto: the model's message.
         places: where its tensors are in the data file.
 
     Returns:
@@ -224,6 +227,8 @@ def _replace_pair(path: Path, data: Path, proto: ModelProto, places: Places) -> 
     new = data.with_name(path.name)
     if final.is_dir():
         raise IsADirectoryError(errno.EISDIR, f"{final.name} is a folder")
+    if model.files and model.files[0] != path and final in model.files:
+        raise ModelError(f"{final} holds the weights of the input: name another output")
     size = _write(new, [_naming(proto, places, final.name)])
     _keep_mode(path, new)
     _keep_mode(final, data)

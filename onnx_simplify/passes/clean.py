@@ -31,9 +31,9 @@ _NOT_FOLDED = frozenset(
 def clean(model: Model) -> None:
     """Normalise the model, in place."""
     _constants(model)
-    model.adopt_quantized()
     bypass_identities(model)
     fold_constants(model)
+    model.adopt_quantized()
     drop_unused(model)
 
 

@@ -133,20 +133,44 @@ class Linear(Operator):
         Returns:
             bool ``(inputs,)``.
         """
-        index = self.wiring(node).bias
+        wiring = self.wiring(node)
+        index = wiring.bias
         bias = node.inputs[index] if index is not None and has_input(node, index) else None
         if not isinstance(bias, QuantizedConstant):
             return np.full(values.size, bias is not None) | (values == 0)
         groups, outputs, inputs = self.dims(node)
-        weight = self.weights(node).reshape(groups, outputs, inputs, -1).astype(np.float64).sum(-1)
-        shift = (weight * values.reshape(groups, 1, inputs) * self.scale(node)).transpose(0, 2, 1)
-        shift = shift.reshape(groups * inputs, outputs)
-        rows = np.repeat(np.arange(groups), inputs)[:, None] * outputs + np.arange(outputs)
-        whole = [
-            bias.quantized.compress({0: row}).plus(s) is not None
-            for row, s in zip(rows, shift, strict=True)
-        ]
-        return np.array(whole)
+        found = values == 0
+        weight = node.inputs[wiring.weight]
+        factor = self.bias_scale(node)
+        if list(bias.shape) != [groups * outputs] or not factor:
+            return found
+        if not isinstance(weight, QuantizedConstant):
+            return found
+        for channel in np.flatnonzero(values):
+            group = channel // inputs
+            if groups == 1:
+                # One column at a time: all of them as numbers would take much memory.
+                column = weight.quantized.compress({self.column_axis(node): np.array([channel])})
+                taps = self.to_canonical(node, column.load())[0, :, 0]
+            else:
+                taps = self.weights(node)[group, :, channel % inputs]
+            shift = taps.reshape(outputs, -1).astype(np.float64).sum(axis=1) * values[channel]
+            rows = np.arange(group * outputs, (group + 1) * outputs)
+            whole = bias.quantized.compress({0: rows}).plus(shift * self.scale(node) / factor)
+            found[channel] = whole is not None
+        return found
+
+    def check_scales(self, node: gs.Node) -> None:
+        """Refuse quantised weights whose scales do not go with the outputs.
+
+        Raises:
+            Unsupported: onnxruntime's integer kernels do not agree with their definition.
+        """
+        weight = node.inputs[self.wiring(node).weight]
+        if isinstance(weight, QuantizedConstant) and weight.quantized.is_per_axis:
+            axis, column = weight.quantized.axis, self.column_axis(node)
+            if axis == column or (self.dims(node)[0] > 1 and (column, axis) != (1, 0)):
+                raise Unsupported("scales along another axis than that of the outputs")
 
     def dims(self, node: gs.Node) -> tuple[int, int, int]:
         """(groups, outputs per group, inputs per group), without touching the weights."""
@@ -166,7 +190,8 @@ class Linear(Operator):
         key = self._orientation(node)
         known = tensor.__dict__.setdefault(DERIVED, {})
         if key not in known:
-            used = self.weights(node) != 0
+            weight = tensor.quantized.used() if isinstance(tensor, QuantizedConstant) else None
+            used = self.weights(node) != 0 if weight is None else self.to_canonical(node, weight)
             axes = tuple(range(3, used.ndim))
             known[key] = used.any(axis=axes) if axes else used
         found: np.ndarray = known[key]
@@ -191,14 +216,16 @@ class Linear(Operator):
         groups, _, inputs = self.dims(node)
         index = self.wiring(node).weight
         used = self.used(node) & ~mask.reshape(groups, 1, inputs)
-        if groups > 1 or self.is_quantized(node):
+        axis, tensor = self.column_axis(node), node.inputs[index]
+        if groups > 1:
             weight = np.array(self._stored(node))
             for part, columns in zip(weight, mask.reshape(groups, inputs), strict=True):
                 part[:, columns] = 0
             self._store(node, weight, put)
+        elif isinstance(tensor, QuantizedConstant):
+            put(node, index, tensor.quantized.zeroed(axis, mask))
         else:
-            axis = self.column_axis(node)
-            put(node, index, ZeroedSlices(node.inputs[index].values, axis, mask))
+            put(node, index, ZeroedSlices(tensor.values, axis, mask))
         node.inputs[index].__dict__[DERIVED] = {self._orientation(node): used}
 
     def column_axis(self, node: gs.Node) -> int:
@@ -213,11 +240,7 @@ class Linear(Operator):
         groups, outputs, inputs = self.dims(node)
         if shape[wiring.axis_in] != groups * inputs:
             raise Unsupported("number of input channels is not known to match the weight")
-        weight = node.inputs[wiring.weight]
-        if groups > 1 and isinstance(weight, QuantizedConstant):
-            axes = self.column_axis(node), weight.quantized.axis
-            if weight.quantized.is_per_axis and axes != (1, 0):
-                raise Unsupported("scales along another axis than that of the outputs")
+        self.check_scales(node)
         output = node.outputs[0]
         ids = layouts.fresh(groups * outputs)
         rank = len(layouts.shape(output))
@@ -461,6 +484,10 @@ class Linear(Operator):
         """A factor in front of the product."""
         return 1.0
 
+    def bias_scale(self, node: gs.Node) -> float:
+        """A factor in front of the bias."""
+        return 1.0
+
     def per_channel(self, node: gs.Node, values: np.ndarray) -> np.ndarray:
         """One value per output channel, shaped so that it broadcasts to the output."""
         axis = self.wiring(node).axis_out
@@ -620,7 +647,7 @@ class Gemm(Linear):
 
     def add_bias(self, node: gs.Node, shift: np.ndarray, put: Put) -> bool:
         """C takes ``shift / beta``, broadcast if need be."""
-        beta = float(node.attrs.get("beta", 1.0))
+        beta = self.bias_scale(node)
         if not has_input(node, 2) or beta == 0:
             node.attrs["beta"] = 1.0
             put(node, 2, shift.astype(node.inputs[1].dtype))
@@ -630,6 +657,10 @@ class Gemm(Linear):
     def scale(self, node: gs.Node) -> float:
         """The factor alpha in front of the product."""
         return float(node.attrs.get("alpha", 1.0))
+
+    def bias_scale(self, node: gs.Node) -> float:
+        """The factor beta in front of C."""
+        return float(node.attrs.get("beta", 1.0))
 
 
 class MatMul(Linear):
@@ -669,6 +700,7 @@ class MatMul(Linear):
         _, outputs, inputs = self.dims(node)
         if shape[wiring.axis_in] != inputs:
             raise Unsupported("number of input channels is not known to match the weight")
+        self.check_scales(node)
         axis = wiring.axis_in % source.ndim
         result = layouts.fresh(outputs)
         layouts.collapse(source, [a for a in range(source.ndim) if a != axis])
