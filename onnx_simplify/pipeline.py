@@ -47,20 +47,12 @@ _TURNS = 4
 _LARGEST_THRESHOLD = 0.1
 # A plan that is faster than the cost model's by less than this is not.
 _NOISE = 0.01
-# Where verification fails, what is left out next, if there is such an operator. Folding rounds
-# weights once more, which neither half precision nor sums that all but cancel forgive; integer
-# kernels have limits of their own.
+# What is left out, in turn, where a result does not verify and there is such an operator. Folding
+# rounds weights once more, which neither half precision nor sums that all but cancel forgive;
+# onnxruntime's integer kernels do not take all constants.
 _CAUTION = (
-    (
-        "BatchNormalization",
-        "fold_batchnorm",
-        "BatchNormalization left alone: folding it costs precision",
-    ),
-    (
-        "QuantizeLinear",
-        "propagate_bias",
-        "constants left alone: onnxruntime's integer kernels do not take them",
-    ),
+    ("BatchNormalization", "fold_batchnorm", "BatchNormalization left alone: folding it"),
+    ("QuantizeLinear", "propagate_bias", "constants left alone: absorbing them"),
 )
 # A file that grows by no more bytes than this has gained a few names.
 _MARGIN = 1024
@@ -120,13 +112,14 @@ def run(original: Model, options: Options) -> tuple[Model, Report]:
     step("analysing")
     try:
         model, report = task.carry_out(target)
-    except VerificationError:
+    except VerificationError as error:
         operators = {n.op for n in original.graph.nodes}
         for operator, left_out, note in _CAUTION:
             if operator in operators and left_out not in options.skip:
                 skip = {*options.skip, left_out}
                 model, report = run(original, replace(options, skip=skip))
-                report.notes.append(note)
+                reason = str(error).partition(": ")[2]
+                report.notes.append(f"{note} did not verify ({reason})")
                 return model, report
         raise
     if report.after.bytes > report.before.bytes and "remove_zeroed" not in options.skip:

@@ -187,10 +187,10 @@ def _macs(model: Model, shapes: Mapping[str, Sequence[int]]) -> dict[str, int] |
         fold_shapes(model, shapes)
     found = {}
     for node, rule in _weighted(model):
-        tensors = [t for t in (*node.inputs, *node.outputs) if not isinstance(t, gs.Constant)]
-        if not all(_is_known(t) for t in tensors if t.name):
+        tensors = [t for t in (*node.inputs, *node.outputs) if t.name]
+        if not all(_is_known(t) for t in tensors):
             return None
-        sizes = {t.name: list(t.shape) for t in tensors if t.name}
+        sizes = {t.name: list(t.shape) for t in tensors}
         found[node.outputs[0].name] = rule.macs(node, sizes)
     return found
 
