@@ -115,7 +115,6 @@ class Reference:
         self.one_size = False
         self._noise: list[float] | None = None
         self._rounds = any(n.op in _COARSE for n in model.graph.nodes)
-        self._jitters: dict[int, list[float]] = {}
         self._ties = any(n.op in _JUMPS for n in model.graph.nodes)
         session = self._open()
         self.names = session.output_names
@@ -288,7 +287,7 @@ class Reference:
                         k, self._optimized[index][k], b, result.tolerance, rounding
                     )
                     gap, reason = (gap, reason) if worse else (other, "")
-                if reason and self._rounds and gap <= min(_STEPS, 2 * self._jitter(index)[k]):
+                if reason and self._rounds and gap <= min(_STEPS, 2 * self._jitter[k]):
                     reason = ""
                 result.worst = max(result.worst, gap)
                 if reason:
@@ -344,24 +343,24 @@ class Reference:
             ]
         return self._noise[output]
 
-    def _jitter(self, index: int) -> list[float]:
-        """How much the outputs of a run change where inputs change by rounding, relative.
+    @cached_property
+    def _jitter(self) -> list[float]:
+        """How much each output changes where inputs change by rounding, relative.
 
         In a model that rounds activations to a few bits, now and then one of them goes to the other
         side. That is a whole step, and no error.
         """
-        if index not in self._jitters:
-            run, session = self.runs[index], Session(self.model)
+        session, worst = Session(self.model), [0.0] * len(self.names)
+        for index, run in enumerate(self.runs):
             others = [
                 session.run(_perturbed(run.feeds, np.random.default_rng(seed)))
                 for seed in range(_TRIALS)
             ]
             if self._optimized is not None:
                 others.append(self._optimized[index])
-            self._jitters[index] = [
-                max(difference(a, o[k])[0] for o in others) for k, a in enumerate(run.outputs)
-            ]
-        return self._jitters[index]
+            for k, a in enumerate(run.outputs):
+                worst[k] = max(worst[k], *(difference(a, o[k])[0] for o in others))
+        return worst
 
     def _signal(self, output: int) -> float:
         """How much an output varies between inputs, relative to its magnitude."""
