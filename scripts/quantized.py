@@ -21,7 +21,7 @@ import onnx
 
 import publish
 
-NAMES = ("resnet18", "resnet50", "mobilenet_v2", "vgg11_bn", "squeezenet1_1")
+NAMES = ("resnet18", "resnet50", "mobilenet_v2", "vgg11_bn", "mnasnet1_0")
 PROTOCOLS = ("P1-slim", "P2")
 _BATCHES = 2
 
