@@ -100,8 +100,8 @@ class Report:
         target: name of the planner's profile.
         threshold: share of a layer's largest weight up to which channels were taken for zero.
         plan: which plan the result follows, ``planned`` by the cost model or one that turned out to
-            be better, see :func:`onnx_simplify.planning.profiles.alternatives`; ``cleaned`` where
-            nothing was removed.
+            be better, see :func:`onnx_simplify.planning.profiles.alternatives`; ``shared`` where
+            weights that several nodes read were left alone, ``cleaned`` where nothing was removed.
         plans: timings of all plans that were tried out, by name; None unless asked for.
         verification: result of the comparison; None when it was not made.
         benchmark: timings of ``dense`` and ``simplified`` in milliseconds; None unless asked for.
