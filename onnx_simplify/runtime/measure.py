@@ -142,7 +142,8 @@ def settle_disputes(model: Model, feeds: Feeds | None) -> None:
         model: a cleaned model; ``model.disputed`` is set.
         feeds: inputs to run it with; without, all of these shapes count as disputed.
     """
-    names = [n.outputs[0].name for n in model.graph.nodes if is_questionable(n)]
+    doubtful = {n.outputs[0].name: n.op for n in model.graph.nodes if is_questionable(n)}
+    names = list(doubtful)
     model.disputed = frozenset(names if feeds is None else ())
     if not names or feeds is None:
         return
@@ -151,8 +152,15 @@ def settle_disputes(model: Model, feeds: Feeds | None) -> None:
     model.disputed = frozenset(
         name
         for name, values in zip(names, found, strict=True)
-        if any(
-            size not in (None, actual)
-            for size, actual in zip(inferred.get(name, []), values.shape, strict=False)
-        )
+        if not _agree(inferred.get(name), values.shape, doubtful[name])
+    )
+
+
+def _agree(inferred: Sequence[int | None] | None, actual: Sequence[int], op: str) -> bool:
+    """Whether what is inferred of a shape, now or once more is known, will be right."""
+    if op not in ("Resize", "Upsample") and (inferred is None or None in inferred):
+        # Sizes before a pooling are computed, and may be folded later.
+        return False
+    return all(
+        size in (None, known) for size, known in zip(inferred or (), actual, strict=False)
     )
