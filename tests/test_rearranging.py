@@ -248,7 +248,7 @@ def absorbed(model: ModelProto) -> ModelProto:
     return working.to_proto()
 
 
-@pytest.mark.parametrize("takes", ["split", "slice"])
+@pytest.mark.parametrize("takes", ["split", "split in halves", "slice"])
 def test_gathers_go_into_their_readers(takes):
     g = Graph(seed=2)
     x = g.input("x", [1, 4, 5, 5])
@@ -257,10 +257,13 @@ def test_gathers_go_into_their_readers(takes):
     x = g.op("Gather", x, order, axis=1)
     if takes == "split":
         a, b = g.op("Split", x, np.array([5, 7]), axis=1, outputs=2)
+    elif takes == "split in halves":
+        a, b = g.op("Split", x, axis=1, outputs=2)
     else:
         a = g.op("Slice", x, np.array([0]), np.array([5]), np.array([1]))
         b = g.op("Slice", x, np.array([5]), np.array([12]), np.array([1]))
-    a = g.conv(a, g.normal(4, 5, 3, 3), g.normal(4), pads=[1] * 4)
+    size = 6 if takes == "split in halves" else 5
+    a = g.conv(a, g.normal(4, size, 3, 3), g.normal(4), pads=[1] * 4)
     g.output(a, g.op("Relu", b))
     model = g.model()
     result = absorbed(model)

@@ -72,9 +72,11 @@ def _split(
     for user, _ in users:
         rule = analysis.rule[id(user)]
         assert isinstance(rule, (Split, Slice))
+        # Sizes of the pieces may be those of the outputs.
+        pieces = rule.move(user, analysis.layouts, [places])
         results = list(user.outputs)
         user.outputs = [gs.Variable.empty() for _ in results]
-        for result, piece in zip(results, rule.move(user, analysis.layouts, [places]), strict=True):
+        for result, piece in zip(results, pieces, strict=True):
             if result.name:
                 taken = editor.model.constant("indices", indices[piece.ravel()].astype(np.int64))
                 name = editor.model.unique(f"{label(node)}_piece")
