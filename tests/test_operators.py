@@ -436,3 +436,14 @@ def test_an_add_of_another_domain_takes_no_bias():
     model.opset_import.append(onnx.helper.make_opsetid("example.custom", 1))
     folded = onnx_simplify.fold_batchnorm(model)
     np.testing.assert_array_equal(initializer(folded, "addend"), initializer(model, "addend"))
+
+
+def test_pooling_where_channels_became_a_batch():
+    """Squeezed away, the batch leaves the channels on the first axis."""
+    g = Graph(opset=17)
+    weight = pruned(g.normal(4, 1, 3, 3), [1, 2])
+    y = g.op("Relu", g.conv(g.input("x", [1, 1, 9, 8]), weight, g.normal(4) * 0, pads=[1] * 4))
+    y = g.op("Squeeze", y, np.array([0]))
+    y = g.op("AveragePool", y, kernel_shape=[3], pads=[1, 1], count_include_pad=1)
+    g.output(g.op("ReduceMean", y, axes=[2], keepdims=0))
+    simplified(g.model())

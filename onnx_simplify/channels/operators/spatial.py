@@ -68,7 +68,8 @@ class Spatial(Operator):
             axes = self.spread_axes(node, analysis)
             static = all(is_static(shape, axes) for shape in shapes)
             zero = analysis.zero(source, analysis.layouts.of[source.name].shape)
-            zero = zero.all(axis=tuple(range(2, zero.ndim)), keepdims=True) & (level > VARYING)
+            merged = tuple(a for a, size in enumerate(level.shape) if size == 1)
+            zero = np.asarray(zero.all(axis=merged, keepdims=True)) & (level > VARYING)
             spread = np.minimum(level, MAP if static else VARYING)
             level = np.where(zero & self.keeps_zero(node), level, spread)
         return [level]
