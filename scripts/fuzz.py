@@ -61,7 +61,7 @@ def main() -> int:
                 folder.mkdir(parents=True, exist_ok=True)
                 onnx.save(random_model(seed), folder / f"{seed}.onnx")
                 print(f"{seed}: {outcome.kind}: {outcome.detail[:300]}", flush=True)
-    others = {kind: count for kind, count in counts.items() if kind != "ok"}
+    others = ", ".join(f"{count} {kind}" for kind, count in counts.items() if kind != "ok")
     text = (
         f"{len(seeds):,} graphs, {quantized:,} of them quantised: channels were removed from "
         f"{removed:,}, {counts['ok']:,} are equal" + (f", {others}." if others else ".")
