@@ -259,12 +259,6 @@ class Model:
         """Names of outer tensors that the bodies of an ``If``/``Loop``/``Scan`` node read."""
         return self._captured.get(id(node), frozenset())
 
-    def inner_nodes(self, node: gs.Node) -> Iterator[NodeProto]:
-        """The nodes in the bodies of a node, at any depth."""
-        message = self._protos.get(id(node))
-        if message is not None and _has_body(message):
-            yield from _inner_nodes(message)
-
     def release(self) -> None:
         """Let the operating system drop the pages of mapped weights; they can be read again."""
         for mapped in self.mapped:
@@ -483,6 +477,14 @@ def headless(proto: ModelProto) -> ModelProto:
     return copy
 
 
+def all_nodes(graph: GraphProto) -> Iterator[NodeProto]:
+    """The nodes of a graph and those of the bodies inside, at any depth."""
+    for node in graph.node:
+        yield node
+        for body in _bodies(node):
+            yield from all_nodes(body)
+
+
 def sort_nodes(graph: GraphProto) -> None:
     """Sort the nodes topologically, in place; stable where the order is already valid.
 
@@ -551,13 +553,6 @@ def _bodies(node: NodeProto) -> Iterator[GraphProto]:
         if attribute.type == AttributeProto.GRAPH:
             yield attribute.g
         yield from attribute.graphs
-
-
-def _inner_nodes(node: NodeProto) -> Iterator[NodeProto]:
-    for body in _bodies(node):
-        for inner in body.node:
-            yield inner
-            yield from _inner_nodes(inner)
 
 
 def _has_body(node: NodeProto) -> bool:

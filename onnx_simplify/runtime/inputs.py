@@ -89,9 +89,6 @@ def candidate_sizes(specs: Sequence[InputSpec]) -> Iterator[dict[str, int]]:
     for those that are named as sums or products of others.
     """
     batch, spatial = _free(specs)
-    if not spatial and not batch:
-        yield {}
-        return
     seen = set()
     for count in (1, 2) if batch else (1,):
         for size in _SIZES if spatial else _SIZES[:1]:

@@ -13,7 +13,7 @@ import onnxruntime as ort
 from onnx import ModelProto
 
 from onnx_simplify.errors import CannotVerifyError
-from onnx_simplify.graph.model import Model, headless
+from onnx_simplify.graph.model import Model, all_nodes, headless
 from onnx_simplify.runtime.widen import as_float32, widen
 
 PROVIDERS = ["CPUExecutionProvider"]
@@ -38,6 +38,7 @@ class Session:
     Attributes:
         raw: onnxruntime's session; not to be used without this object.
         output_names: names of the outputs.
+        is_random: whether the model makes random numbers of its own.
     """
 
     def __init__(
@@ -67,12 +68,12 @@ class Session:
         if self._stand_in:
             widen(proto)
             large = {name: as_float32(values) for name, values in large.items()}
-        _fix_seeds(proto.graph)
-        self._loops = any(n.op in ("Loop", "Scan") for n in model.graph.nodes) or any(
-            inner.op_type in ("Loop", "Scan")
-            for node in model.graph.nodes
-            for inner in model.inner_nodes(node)
-        )
+        nodes = list(all_nodes(proto.graph))
+        noisy = [n for n in nodes if _makes_noise(n)]
+        for node in noisy:
+            _fix_seed(node)
+        self.is_random = bool(noisy)
+        self._loops = any(n.op_type in ("Loop", "Scan") for n in nodes)
         self.output_names = [o.name for o in proto.graph.output]
         self._weights: dict[str, np.ndarray] = {}
         if not always and sum(a.nbytes for a in large.values()) > _LARGE:
@@ -130,32 +131,21 @@ class Session:
         return found
 
 
-def is_random(model: Model) -> bool:
-    """Whether the model makes random numbers of its own."""
-    nodes = [model.export_node(n) for n in model.graph.nodes if n.op in _RANDOM]
-    nodes += [inner for n in model.graph.nodes for inner in model.inner_nodes(n)]
-    return any(_makes_noise(n) for n in nodes)
-
-
 def _makes_noise(node: onnx.NodeProto) -> bool:
     if node.op_type == "Dropout":
         return not node.domain and len(node.input) > 2
     return not node.domain and node.op_type in _RANDOM
 
 
-def _fix_seeds(graph: onnx.GraphProto) -> None:
-    """Give operators that make random numbers seeds, where they have none, in place.
+def _fix_seed(node: onnx.NodeProto) -> None:
+    """Give an operator that makes random numbers a seed, if it has none, in place.
 
     Without, the numbers depend on how many nodes come before, so that no two models agree.
     """
-    for node in graph.node:
-        if _makes_noise(node) and not any(a.name == "seed" for a in node.attribute):
-            seed = zlib.crc32(node.output[0].encode()) % 2**16
-            kind = int if node.op_type == "Dropout" else float
-            node.attribute.append(onnx.helper.make_attribute("seed", kind(seed)))
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                _fix_seeds(attribute.g)
+    if not any(a.name == "seed" for a in node.attribute):
+        seed = zlib.crc32(node.output[0].encode()) % 2**16
+        kind = int if node.op_type == "Dropout" else float
+        node.attribute.append(onnx.helper.make_attribute("seed", kind(seed)))
 
 
 def session_options(*, threads: int = 0, optimize: bool = True) -> ort.SessionOptions:

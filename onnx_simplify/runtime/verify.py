@@ -23,7 +23,7 @@ from onnx_simplify.runtime.inputs import (
     unlikely_sizes,
     varied,
 )
-from onnx_simplify.runtime.session import Session, is_random
+from onnx_simplify.runtime.session import Session
 from onnx_simplify.runtime.widen import needs_widening
 
 # Integer outputs such as arg-max may flip where two scores tie to within rounding.
@@ -126,7 +126,7 @@ class Reference:
             # There may be kernels, but no way to feed them.
             model.stand_in = True
             self._run(Session(model), input_data, max(2, count))
-        if is_random(model):
+        if session.is_random:
             # Noise depends on how many runs there were before.
             session = self._open()
             for run in self.runs:
