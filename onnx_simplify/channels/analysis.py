@@ -16,6 +16,7 @@ import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.layouts import Layouts, Unsupported
 from onnx_simplify.channels.operators import OPAQUE, Operator, lookup
+from onnx_simplify.channels.operators.base import is_computed
 from onnx_simplify.channels.operators.linear import Linear
 from onnx_simplify.channels.values import MAP, UNIFORM, VARYING, Constants
 from onnx_simplify.graph.edit import shares_weights
@@ -81,6 +82,11 @@ class Analysis:
             np.ones(self.layouts.of[t.name].shape, bool) if self.has(t) else None for t in tensors
         ]
 
+    def _strays(self, node: gs.Node) -> set[int]:
+        """Computed inputs of which the node's rules know nothing."""
+        computed = {k for k in range(len(node.inputs)) if is_computed(node, k)}
+        return computed.difference(self.rule[id(node)].accounts_for(node)) if computed else computed
+
     def is_opaque(self, node: gs.Node) -> bool:
         """Whether no rule applies to the node."""
         return self.rule[id(node)] is OPAQUE
@@ -142,7 +148,8 @@ class Analysis:
                 self._vary(tensor)
         for node in self.model.graph.nodes:
             rule = self.rule[id(node)]
-            results = rule.level(node, self)
+            # See Operator.accounts_for.
+            results = [None] * len(node.outputs) if self._strays(node) else rule.level(node, self)
             for tensor, level in zip(node.outputs, results, strict=False):
                 if not self.has(tensor):
                     continue
@@ -243,6 +250,11 @@ class Analysis:
             ):
                 continue
             wanted = self.rule[id(node)].need(node, self, outputs)
+            strays = self._strays(node)
+            if strays:
+                whole = self.all_of(node.inputs)
+                wanted = [*wanted, *[None] * (len(node.inputs) - len(wanted))]
+                wanted = [whole[k] if k in strays else mask for k, mask in enumerate(wanted)]
             for index, (tensor, mask) in enumerate(zip(node.inputs, wanted, strict=False)):
                 if mask is None or not self.has(tensor):
                     continue

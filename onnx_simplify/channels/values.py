@@ -76,7 +76,9 @@ class Constants:
             self.agreement[name] = np.zeros(agree.shape, bool)
             return
         low, high = self.low[name], self.high[name]
-        slack = 0.0 if same_sizes else _drift(values.dtype) * np.maximum(np.abs(low), np.abs(high))
+        slack = np.zeros(agree.shape)
+        if not same_sizes and not self.is_exact(name):
+            slack = _drift(values.dtype) * np.maximum(np.abs(low), np.abs(high))
         other_low, other_high = _range(values, agree.shape)
         agree = agree & (np.abs(other_low - low) <= slack) & (np.abs(other_high - high) <= slack)
         if same_sizes and name in self.arrays:
@@ -98,7 +100,8 @@ class Constants:
         """
         # Levels are optimistic before anything is measured: a map may pass for uniform.
         where = where & self.agreement[name] & _uniform(low, high, _LOOSE)
-        slack = _MEAN * np.maximum(np.abs(low), np.abs(high))
+        mean = 0.0 if self.is_exact(name) else _MEAN
+        slack = mean * np.maximum(np.abs(low), np.abs(high))
         close = (np.abs(self.low[name] - low) <= slack) & (np.abs(self.high[name] - high) <= slack)
         self.low[name] = np.where(where, low, self.low[name])
         self.high[name] = np.where(where, high, self.high[name])

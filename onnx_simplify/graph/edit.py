@@ -202,7 +202,8 @@ class Editor:
             add, position = users[0]
             other = add.inputs[1 - position]
             if isinstance(other, gs.Constant) and other.values.ndim <= len(result.shape):
-                total = np.asarray(other.values, np.float64) + values
+                wide = other.dtype if np.dtype(other.dtype).kind in "iu" else np.float64
+                total = np.asarray(other.values, wide) + values.astype(wide)
                 if total.size <= max(values.size, other.values.size):
                     self.put(add, 1 - position, total.astype(other.values.dtype))
                     return

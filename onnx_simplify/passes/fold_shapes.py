@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnx_simplify.channels.layouts import Unsupported
 from onnx_simplify.channels.operators.base import constant_input, constant_ints
 from onnx_simplify.graph.edit import consumers, drop_unused
 from onnx_simplify.graph.model import Model
@@ -58,7 +59,10 @@ def _replace_known(model: Model) -> bool:
                 node.inputs[1] = gs.Constant(name, np.array(target, np.int64))
                 changed = True
             continue
-        values = _evaluate(node, known)
+        try:
+            values = _evaluate(node, known)
+        except Unsupported:
+            continue
         if values is None or values.size > _LONGEST:
             continue
         result = node.outputs[0]
@@ -97,6 +101,9 @@ def _evaluate(node: gs.Node, known: dict[str, np.ndarray]) -> np.ndarray | None:
     """The node's output: numbers, symbols, or None where an element is not known.
 
     None altogether if the node is not one of those that are followed.
+
+    Raises:
+        Unsupported: bounds, axes or indices are computed themselves.
     """
     if node.op == "Shape":
         shape = node.inputs[0].shape
@@ -118,7 +125,7 @@ def _evaluate(node: gs.Node, known: dict[str, np.ndarray]) -> np.ndarray | None:
         return values
     if node.op == "Gather":
         indices = constant_input(node, 1)
-        if indices is None or values.ndim != 1 or (np.abs(indices) > values.size).any():
+        if indices is None or values.ndim != 1 or not _fits(indices, values.size):
             return None
         return np.asarray(values[indices.astype(np.int64)], object)
     if node.op == "Slice":
@@ -133,6 +140,11 @@ def _evaluate(node: gs.Node, known: dict[str, np.ndarray]) -> np.ndarray | None:
     if node.op == "Unsqueeze":
         return values.reshape(1) if values.ndim == 0 else None
     return values.reshape(()) if values.shape == (1,) else None
+
+
+def _fits(indices: np.ndarray, size: int) -> bool:
+    """Whether these are positions of a vector, perhaps counted from its end."""
+    return bool(((-size <= indices) & (indices < size)).all())
 
 
 def _value(tensor: gs.Tensor, known: dict[str, np.ndarray]) -> np.ndarray | None:

@@ -326,6 +326,9 @@ def _readers(analysis: Analysis, only_zeros: bool) -> list[_Reader]:
             # The bias takes what it can store exactly; nothing else may be added or merged.
             scalar = scalar & rule.stores_exactly(node, np.where(scalar, values, 0))
             padded = mapped = np.zeros_like(zero)
+        if rule.is_integer(node):
+            # Maps and factors between constants are computed in floating point.
+            padded = mapped = np.zeros_like(zero)
         if only_zeros:
             scalar, padded, mapped = zero, np.zeros_like(zero), np.zeros_like(zero)
         reader = _Reader(place, node, rule, labels, scalar, padded, mapped, values)

@@ -6,12 +6,13 @@ Every array of ids, levels or masks is shaped like the *layout* of the tensor it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnx_simplify.channels.layouts import Unsupported
 from onnx_simplify.channels.values import MAP
 
 if TYPE_CHECKING:
@@ -34,6 +35,14 @@ class Operator:
 
     reorders = False
     """Whether channels of a node may come in another order, see :func:`merge.can_move`."""
+
+    def accounts_for(self, node: gs.Node) -> Collection[int]:
+        """Inputs that the rules take into account even where they are computed.
+
+        Any other one that is there, but no initializer, makes all outputs vary and is needed as a
+        whole: what it holds (a region, bounds, amounts) is known at run time only.
+        """
+        return (0,)
 
     def layout(self, node: gs.Node, layouts: Layouts) -> None:
         """Give the node's outputs their layouts; equate and freeze ids of its inputs.
@@ -168,16 +177,29 @@ def has_input(node: gs.Node, index: int) -> bool:
     return len(node.inputs) > index and bool(node.inputs[index].name)
 
 
+def is_computed(node: gs.Node, index: int) -> bool:
+    """Whether an optional input is there, but known at run time only.
+
+    To take that for absent would be to take the default for its value.
+    """
+    return has_input(node, index) and not isinstance(node.inputs[index], gs.Constant)
+
+
 def constant_ints(node: gs.Node, index: int, attribute: str) -> list[int] | None:
     """Integers given as an initializer input or, in older operator sets, as an attribute.
 
     Returns:
-        None when neither is there, or the input is computed.
+        None when neither is there.
+
+    Raises:
+        Unsupported: the input is computed.
     """
+    if is_computed(node, index):
+        raise Unsupported(f"{attribute} are computed")
     values = constant_input(node, index)
     if values is not None:
         return [int(v) for v in values.ravel()]
-    if attribute in node.attrs and not has_input(node, index):
+    if attribute in node.attrs:
         found = node.attrs[attribute]
         return [int(v) for v in (found if isinstance(found, (list, tuple)) else [found])]
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,6 +37,10 @@ class Elementwise(Operator):
     """Any broadcasting operator: operands at the same position share their channel."""
 
     reorders = True
+
+    def accounts_for(self, node: gs.Node) -> Collection[int]:
+        """All operands."""
+        return range(len(node.inputs))
 
     def sizes(self, node: gs.Node, layouts: Layouts) -> list[Dim | None] | None:
         """Where all operands that are not broadcast have the same size, the result has it too."""

@@ -6,7 +6,7 @@ per group, *kernel]``, on which the rules are written once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -74,6 +74,10 @@ class Linear(Operator):
         """
         raise NotImplementedError
 
+    def accounts_for(self, node: gs.Node) -> Collection[int]:
+        """The data; weights and bias are constant, or the rules do not apply."""
+        return (self.wiring(node).data,)
+
     def to_canonical(self, node: gs.Node, weight: np.ndarray) -> np.ndarray:
         """View of the weight as ``[groups, outputs/group, inputs/group, *kernel]``."""
         raise NotImplementedError
@@ -97,6 +101,10 @@ class Linear(Operator):
     def is_quantized(self, node: gs.Node) -> bool:
         """Whether the weights or the bias are stored as integers."""
         return any(isinstance(t, QuantizedConstant) for t in node.inputs)
+
+    def is_integer(self, node: gs.Node) -> bool:
+        """Whether the node computes in integers, which are exact and wrap around."""
+        return np.dtype(node.inputs[self.wiring(node).weight].dtype).kind in "iu"
 
     def _stored(self, node: gs.Node) -> np.ndarray:
         """The canonical weights as they are stored: numbers, or steps from the zero point."""
@@ -459,25 +467,32 @@ class Linear(Operator):
     def response(self, node: gs.Node, values: np.ndarray) -> np.ndarray:
         """What uniform inputs add to each output where no padding interferes.
 
+        Sums are float64; those of integers are formed in 64 bits, modulo the size of their type.
+        That is exact: wrapping around is a homomorphism of sums and products, so it does not matter
+        when it happens.
+
         Args:
             node: the node.
             values: one value per input channel, shape ``(inputs,)``.
 
         Returns:
-            float64 array of shape ``(outputs,)``.
+            Array of shape ``(outputs,)``, float64 or of the weights' integer type.
         """
         weight = self.weights(node)
         groups, outputs, inputs = weight.shape[:3]
-        values = values.reshape(groups, inputs)
-        result = np.zeros((groups, outputs))
+        wide: type = np.int64 if self.is_integer(node) else np.float64
+        values = values.reshape(groups, inputs).astype(wide)
+        result: np.ndarray = np.zeros((groups, outputs), wide)
         # In pieces, so that the float64 copies stay small.
         rows = max(1, _PIECE // max(1, weight[0, 0].size))
         for group, value in enumerate(values):
             columns = np.flatnonzero(value)
             for start in range(0, outputs if columns.size else 0, rows):
-                part = weight[group, start : start + rows][:, columns].astype(np.float64)
+                part: np.ndarray = weight[group, start : start + rows][:, columns].astype(wide)
                 part = part.reshape(len(part), columns.size, -1).sum(axis=2)
                 result[group, start : start + rows] = part @ value[columns]
+        if self.is_integer(node):
+            return result.ravel().astype(weight.dtype)
         return result.ravel() * self.scale(node)
 
     def scale(self, node: gs.Node) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +16,7 @@ from onnx_simplify.channels.operators.base import (
     constant_input,
     constant_ints,
     has_input,
+    is_computed,
     is_static,
     min_to,
     windowed,
@@ -145,9 +147,26 @@ class Resize(Spatial):
             raise Unsupported("number of channels changes")
         super().layout(node, layouts)
 
+    def accounts_for(self, node: gs.Node) -> Collection[int]:
+        """Scales and sizes; the region only where it is not looked at."""
+        # Before version 11 there was no region, and scales came second.
+        return [k for k in range(len(node.inputs)) if k != 1 or not self._crops(node)]
+
+    def level(self, node: gs.Node, analysis: Analysis) -> Masks:
+        """What differs from place to place varies with scales that are computed."""
+        (level,) = super().level(node, analysis)
+        if level is not None and any(is_computed(node, k) for k in range(1, len(node.inputs))):
+            level = np.where(level == MAP, VARYING, level)
+        return [level]
+
+    def _crops(self, node: gs.Node) -> bool:
+        """Whether there is a region, outside of which there is another value."""
+        mode = node.attrs.get("coordinate_transformation_mode")
+        return bool(mode == "tf_crop_and_resize")
+
     def keeps_uniform(self, node: gs.Node, analysis: Analysis) -> bool:
         """Interpolation weights sum to one, but not beyond the border of a crop."""
-        return node.attrs.get("coordinate_transformation_mode") != "tf_crop_and_resize"
+        return not self._crops(node)
 
     def keeps_zero(self, node: gs.Node) -> bool:
         """The value outside a crop need not be zero."""
@@ -165,16 +184,22 @@ class Pad(Operator):
 
     reorders = True
 
-    def amounts(self, node: gs.Node, layouts: Layouts) -> list[tuple[int, int]] | None:
-        """(before, after) by axis; None when they are computed."""
+    def accounts_for(self, node: gs.Node) -> Collection[int]:
+        """The value; amounts are constant, or the rules do not apply."""
+        return (0, 2)
+
+    def amounts(self, node: gs.Node, layouts: Layouts) -> list[tuple[int, int]]:
+        """(before, after) by axis.
+
+        Raises:
+            Unsupported: they are computed.
+        """
         rank = len(layouts.shape(node.inputs[0]))
         pads = constant_ints(node, 1, "pads")
-        given = constant_input(node, 3)
-        if pads is None or (has_input(node, 3) and given is None):
-            return None
-        axes = list(range(rank)) if given is None else [int(a) % rank for a in given.ravel()]
-        if len(pads) != 2 * len(axes):
-            return None
+        given = constant_ints(node, 3, "axes")
+        axes = list(range(rank)) if given is None else [a % rank for a in given]
+        if pads is None or len(pads) != 2 * len(axes):
+            raise Unsupported("amounts are not known")
         found = [(0, 0)] * rank
         for axis, before, after in zip(axes, pads, pads[len(axes) :], strict=False):
             found[axis] = (before, after)
@@ -185,8 +210,6 @@ class Pad(Operator):
         source = layouts(node.inputs[0])
         amounts = self.amounts(node, layouts)
         tracked = [a for a, s in enumerate(source.shape) if s > 1]
-        if amounts is None:
-            raise Unsupported("amounts are computed")
         width = [amounts[a] if a in tracked else (0, 0) for a in range(source.ndim)]
         if any(v < 0 for pair in width for v in pair):
             raise Unsupported("channels are cropped")
@@ -210,9 +233,9 @@ class Pad(Operator):
         axes = [
             a
             for a, s in enumerate(level.shape)
-            if s == 1 and (amounts is None or amounts[a] != (0, 0))
+            if s == 1 and amounts[a] != (0, 0)
         ]
-        known = not has_input(node, 2) or constant_input(node, 2) is not None
+        known = not is_computed(node, 2)
         if not known and axes:
             level = np.full(level.shape, VARYING, np.int8)
         elif node.attrs.get("mode", "constant") == "constant" and axes:
@@ -224,7 +247,7 @@ class Pad(Operator):
             if plain or (value is not None and value.size == 1 and value.ravel()[0] == 0):
                 same = analysis.zero(source, level.shape) & (level > VARYING)
             level = np.where(same, level, np.minimum(level, MAP if static else VARYING))
-        if level.shape != shape and amounts is not None:
+        if level.shape != shape:
             width = [p if s > 1 else (0, 0) for p, s in zip(amounts, level.shape, strict=True)]
             level = np.pad(level, width, constant_values=UNIFORM if known else VARYING)
         return [level]
@@ -236,7 +259,7 @@ class Pad(Operator):
         source = node.inputs[0]
         shape = analysis.layouts.of[source.name].shape
         amounts = self.amounts(node, analysis.layouts)
-        if amounts is not None and wanted.shape != shape:
+        if wanted.shape != shape:
             wanted = wanted[
                 tuple(
                     slice(before, before + size) if size > 1 else slice(None)
@@ -266,10 +289,6 @@ class Reduce(Operator):
         """
         rank = len(layouts.shape(node.inputs[0]))
         axes = constant_ints(node, 1, "axes")
-        if axes is None:
-            if has_input(node, 1):
-                raise Unsupported("axes are computed")
-            return [] if node.attrs.get("noop_with_empty_axes", 0) else list(range(rank))
         if not axes:
             return [] if node.attrs.get("noop_with_empty_axes", 0) else list(range(rank))
         return [a % rank for a in axes]

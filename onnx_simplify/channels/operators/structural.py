@@ -7,6 +7,7 @@ levels (constancy) and positions (to find which input element an output element 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +20,7 @@ from onnx_simplify.channels.operators.base import (
     attr_ints,
     constant_input,
     constant_ints,
+    is_computed,
     is_static,
     min_to,
     reduce_to,
@@ -39,6 +41,10 @@ class Structural(Operator):
 
     data_inputs = 1
     """How many leading inputs carry elements; 0 means all of them."""
+
+    def accounts_for(self, node: gs.Node) -> Collection[int]:
+        """All inputs, see :meth:`level`."""
+        return range(len(node.inputs))
 
     def move(self, node: gs.Node, layouts: Layouts, arrays: list[np.ndarray]) -> list[np.ndarray]:
         """Apply the operator to arrays shaped like the inputs' layouts.
@@ -81,7 +87,7 @@ class Structural(Operator):
     def level(self, node: gs.Node, analysis: Analysis) -> Masks:
         """Levels move with their elements."""
         levels = [analysis.level[t.name] for t in self._data(node)]
-        if any(t.name and not isinstance(t, gs.Constant) for t in node.inputs[len(levels) :]):
+        if any(is_computed(node, k) for k in range(len(levels), len(node.inputs))):
             # Where elements go is computed: what is not the same everywhere may come to vary.
             levels = [np.where(level == MAP, VARYING, level) for level in levels]
         results: Masks = []
@@ -211,7 +217,7 @@ class Squeeze(Structural):
         axes = constant_ints(node, 1, "axes")
         if node.op == "Unsqueeze":
             if axes is None:
-                raise Unsupported("axes are computed")
+                raise Unsupported("axes are not known")
             return [np.expand_dims(array, tuple(axes))]
         if axes is None:
             if len(node.inputs) > 1 or not is_static(layouts.shape(node.inputs[0])):
@@ -341,7 +347,7 @@ class Split(Structural):
     def pieces(self, node: gs.Node, layouts: Layouts) -> list[Dim]:
         """Size of each output along the split axis."""
         axis = node.attrs.get("axis", 0)
-        given = constant_ints(node, 1, "split")
+        given = None if is_computed(node, 1) else constant_ints(node, 1, "split")
         if given is not None:
             return list(given)
         return [layouts.shape(t)[axis] for t in node.outputs]
@@ -385,19 +391,13 @@ class Slice(Structural):
 
     def bounds(self, node: gs.Node, rank: int) -> dict[int, tuple[int, int, int]] | None:
         """(start, end, step) by axis; None when they are computed."""
+        if any(is_computed(node, k) for k in range(1, 5)):
+            return None
         starts, ends = constant_ints(node, 1, "starts"), constant_ints(node, 2, "ends")
         if starts is None or ends is None:
-            return None
-        axes = constant_ints(node, 3, "axes")
-        if axes is None:
-            if len(node.inputs) > 3 and node.inputs[3].name:
-                return None
-            axes = list(range(len(starts)))
-        steps = constant_ints(node, 4, "steps")
-        if steps is None:
-            if len(node.inputs) > 4 and node.inputs[4].name:
-                return None
-            steps = [1] * len(starts)
+            raise Unsupported("bounds are not given")
+        axes = constant_ints(node, 3, "axes") or list(range(len(starts)))
+        steps = constant_ints(node, 4, "steps") or [1] * len(starts)
         return {a % rank: b for a, *b in zip(axes, starts, ends, steps, strict=True)}  # type: ignore[misc]
 
     def index(self, bound: tuple[int, int, int], size: int) -> np.ndarray:
