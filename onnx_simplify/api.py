@@ -167,7 +167,7 @@ def fold_batchnorm(
         infer(working)
         pairs = check_pairs(working, pairs)
     _fold_batchnorm(working, pairs)
-    return working.to_proto()
+    return _finished(working)
 
 
 def propagate_bias(
@@ -196,7 +196,7 @@ def propagate_bias(
     working = _cleaned(model, pinned)
     planner = Planner(profile(checked_target(target)))
     _propagate_bias(working, planner, _feeds(working, input_shapes, input_data))
-    return working.to_proto()
+    return _finished(working)
 
 
 def remove_zeroed(
@@ -229,7 +229,7 @@ def remove_zeroed(
     _propagate_bias(working, planner, feeds, only_zeros=True)
     _remove_zeroed(working, planner)
     clean(working)
-    return working.to_proto()
+    return _finished(working)
 
 
 def get_bn_folding(model: ModelSource) -> list[tuple[str, str]]:
@@ -380,6 +380,12 @@ def _cleaned(source: ModelSource, pinned: Collection[str] = ()) -> Model:
     settle_disputes(working, None)
     fold_shapes(working)
     return working
+
+
+def _finished(model: Model) -> ModelProto:
+    """The model as a message that states the shapes it has now."""
+    infer(model)
+    return model.to_proto()
 
 
 def _pairs(model: Model) -> list[tuple[str, str]]:

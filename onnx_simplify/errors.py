@@ -30,6 +30,10 @@ class CannotVerifyError(SimplifyError):
     exit_code = 3
 
 
+class RunError(SimplifyError):
+    """onnxruntime does not load or run a model."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, without onnxruntime's error codes."""
     text = str(error).strip().splitlines()

@@ -351,6 +351,7 @@ def simplify_in_place(
     absorb_gathers(model, planner)
     reblock_maps(model, planner.profile)
     compress_maps(model)
+    infer(model)
     after = layers(model)
     for node, layer in before.items():
         if node in after:

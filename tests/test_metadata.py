@@ -22,7 +22,9 @@ from build import (
     node,
     pruned,
     random_feeds,
+    run,
     small_cnn,
+    with_outputs,
 )
 from onnx_simplify import (
     benchmark,
@@ -508,3 +510,56 @@ def test_bodies_stay_to_the_letter():
     onnx.checker.check_model(result)
     assert list(node(result, "if1").attribute) == list(node(model, "if1").attribute)
     assert_same_function(model, result, random_feeds(model, 4))
+
+
+def pruned_branches(view: bool) -> onnx.ModelProto:
+    """Filters and scales pruned apart, so that branches die in a second turn; free batch.
+
+    The file states all shapes; those behind a target that is computed, nobody can infer.
+    """
+    g = Graph(18)
+    x = g.input("x", ["batch", 3, 12, 12])
+    batch = g.op("Shape", x, start=0, end=1)
+
+    def layer(y: str, inputs: int, outputs: int, kernel: int) -> str:
+        dead = g.rng.permutation(outputs)[: int(0.8 * outputs)]
+        weight = pruned(g.normal(outputs, inputs, kernel, kernel), dead)
+        y = g.conv(y, weight, g.normal(outputs), pads=[kernel // 2] * 4)
+        scale, *others = g.statistics(outputs)
+        scale[g.rng.permutation(outputs)[: int(0.8 * outputs)]] = 0
+        return g.op("Relu", g.op("BatchNormalization", y, scale, *others))
+
+    y = layer(x, 3, 40, 3)
+    y = g.op("Concat", *(layer(y, 40, 20, k) for k in (1, 3, 5)), axis=1)
+    y = g.op("ReduceMean", y, np.array([2, 3]), keepdims=int(view))
+    target = g.op("Concat", g.op("Reshape", batch, np.array([-1])), np.array([60]), axis=0)
+    y = g.op("Reshape", y, target, allowzero=1)
+    g.output(g.gemm(y, g.normal(10, 60), g.normal(10)))
+    return onnx.shape_inference.infer_shapes(g.model(), data_prop=True)
+
+
+def shapes_of(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+    """The shapes that tensors really have, by name."""
+    names = [t for n in model.graph.node for t in n.output if t]
+    found = run(with_outputs(model, *names), feeds, optimize=False)
+    return {name: values.shape for name, values in found.items()}
+
+
+@pytest.mark.parametrize("view", [False, True])
+@pytest.mark.parametrize("steps", [False, True])
+@pytest.mark.parametrize("skip", [(), ("fold_batchnorm",)])
+def test_stated_shapes_are_true(view, steps, skip):
+    model = pruned_branches(view)
+    if steps:
+        folded = model if skip else fold_batchnorm(model)
+        result = remove_zeroed(propagate_bias(folded))
+    else:
+        result, _ = simplify(model, skip=skip)
+    feeds = {"x": np.random.default_rng(0).standard_normal((3, 3, 12, 12)).astype(np.float32)}
+    assert_same_function(model, result, [feeds])
+    real = shapes_of(result, feeds)
+    for info in result.graph.value_info:
+        dims = info.type.tensor_type.shape.dim
+        assert len(dims) == len(real[info.name]), info.name
+        for dim, size in zip(dims, real[info.name], strict=True):
+            assert not dim.HasField("dim_value") or dim.dim_value == size, info.name

@@ -267,7 +267,7 @@ class Model:
 
     def copy(self) -> Model:
         """A working copy that shares the weights."""
-        proto, _ = self.structure()
+        proto, _ = self.structure(infos=True)
         arrays = {n: t.values for n, t in self.initializers().items()}
         arrays |= {n: numpy_helper.to_array(t) for n, t in self.overridable.items()}
         other = Model(proto, arrays)
@@ -280,9 +280,15 @@ class Model:
         return other
 
     def structure(
-        self, extra_outputs: Iterable[str] = ()
+        self, extra_outputs: Iterable[str] = (), *, infos: bool = False
     ) -> tuple[ModelProto, dict[str, gs.Constant]]:
         """The model as a message in which large initializers have a type but no data.
+
+        Args:
+            extra_outputs: inner tensors to declare as outputs.
+            infos: state shapes of inner tensors where the file did, as far as they are known to
+                ``graph``: run :func:`onnx_simplify.graph.shapes.infer` before. What is not known
+                any more is left out, since it may be about something that has changed.
 
         Returns:
             The message, with large initializers marked as external data, and these by name.
@@ -315,22 +321,27 @@ class Model:
                     info = _value_info(constants[info.name])
                 graph.input.append(info)
             graph.input.extend(_value_info(t) for n, t in constants.items() if n not in known)
-        shapes = {t.name: t for n in self.graph.nodes for t in n.outputs}
-        for name, info in self._value_infos.items():
-            tensor = shapes.get(name)
-            if tensor is None or tensor.shape is None:
-                continue
-            info = graph.value_info.add() if info is None else _copied(graph.value_info, info)
-            dims = info.type.tensor_type.shape.dim
-            if len(dims) == len(tensor.shape):
-                for dim, size in zip(dims, tensor.shape, strict=True):
-                    if dim.HasField("dim_value") and isinstance(size, int):
-                        dim.dim_value = size
+        if infos:
+            self._state_shapes(graph)
         outputs = {o.name for o in graph.output}
         for name in extra_outputs:
             if name not in outputs:
                 graph.output.add().name = name
         return proto, large
+
+    def _state_shapes(self, graph: GraphProto) -> None:
+        tensors = {t.name: t for n in self.graph.nodes for t in n.outputs}
+        for name, stated in self._value_infos.items():
+            shape = tensors[name].shape if name in tensors else None
+            dims = stated.type.tensor_type.shape.dim
+            if shape is None or len(dims) != len(shape):
+                continue
+            info = _copied(graph.value_info, stated)
+            for dim, size in zip(info.type.tensor_type.shape.dim, shape, strict=True):
+                if dim.HasField("dim_value"):
+                    dim.ClearField("dim_value")
+                    if isinstance(size, int):
+                        dim.dim_value = size
 
     @property
     def input_names(self) -> set[str]:
@@ -346,7 +357,7 @@ class Model:
         """
         if not fits_message(self):
             raise ModelError("the model exceeds protobuf's 2 GiB: give save_to, a file")
-        proto, large = self.structure()
+        proto, large = self.structure(infos=True)
         for tensor in proto.graph.initializer:
             if tensor.name in large:
                 tensor.ClearField("external_data")

@@ -63,7 +63,7 @@ def save(model: Model, path: str | os.PathLike[str], *, external: bool = False) 
         ModelError: the file cannot be written.
     """
     path = Path(os.path.realpath(path))
-    proto, large = model.structure()
+    proto, large = model.structure(infos=True)
     external = external or not fits_message(model)
     try:
         with _workspace(path) as folder:
@@ -125,7 +125,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 def serialized_size(model: Model) -> int:
     """Size in bytes of the model as a single file."""
-    return sum(memoryview(piece).nbytes for piece in _pieces(*model.structure()))
+    return sum(memoryview(piece).nbytes for piece in _pieces(*model.structure(infos=True)))
 
 
 @contextmanager

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import onnx
@@ -12,7 +13,7 @@ import onnx_graphsurgeon as gs
 import onnxruntime as ort
 from onnx import ModelProto
 
-from onnx_simplify.errors import CannotVerifyError
+from onnx_simplify.errors import CannotVerifyError, RunError, first_line
 from onnx_simplify.graph.model import Model, all_nodes, headless
 from onnx_simplify.runtime.widen import as_float32, widen
 
@@ -52,6 +53,9 @@ class Session:
     ):
         """Open a session.
 
+        Raises:
+            RunError: onnxruntime does not load the model.
+
         Args:
             model: the model.
             extra_outputs: inner tensors to expose behind the graph's own outputs.
@@ -62,7 +66,8 @@ class Session:
             always: with ``optimize``, also if there is more than 1 GiB of weights, which takes one
                 to three times their memory.
         """
-        proto, constants = model.structure(extra_outputs)
+        # A deployment reads what the file states of shapes.
+        proto, constants = model.structure(extra_outputs, infos=optimize)
         large = {name: tensor.values for name, tensor in constants.items()}
         self._stand_in = model.stand_in
         if self._stand_in:
@@ -94,7 +99,7 @@ class Session:
         self._open(proto, options)
 
     def _open(self, proto: ModelProto, options: ort.SessionOptions) -> None:
-        self.raw = ort.InferenceSession(proto.SerializeToString(), options, providers=PROVIDERS)
+        self.raw = open_session(proto, options)
 
     def run(
         self, feeds: dict[str, np.ndarray], outputs: Sequence[str] | None = None
@@ -103,6 +108,7 @@ class Session:
 
         Raises:
             CannotVerifyError: a loop runs for too long.
+            RunError: onnxruntime does not run the model.
         """
         # Scalars that come out of arithmetic are none of the types that onnxruntime takes.
         feeds = {name: np.asarray(values) for name, values in feeds.items()}
@@ -111,7 +117,8 @@ class Session:
         feeds = {**self._weights, **feeds}
         found: list[np.ndarray]
         if not self._loops:
-            found = self.raw.run(outputs, feeds)
+            with readable():
+                found = self.raw.run(outputs, feeds)
             return found
         options = ort.RunOptions()
         options.log_severity_level = 4
@@ -119,8 +126,9 @@ class Session:
         timer.daemon = True
         timer.start()
         try:
-            found = self.raw.run(outputs, feeds, options)
-        except Exception as error:
+            with readable():
+                found = self.raw.run(outputs, feeds, options)
+        except RunError as error:
             if options.terminate:
                 raise CannotVerifyError(
                     f"the model loops for more than {_PATIENCE} seconds: give --input-data"
@@ -129,6 +137,25 @@ class Session:
         finally:
             timer.cancel()
         return found
+
+
+@contextmanager
+def readable() -> Iterator[None]:
+    """Raise what onnxruntime raises as a :class:`RunError` of one line."""
+    try:
+        yield
+    except Exception as error:  # it has a dozen types of its own, without a common base
+        raise RunError(first_line(error)) from error
+
+
+def open_session(proto: ModelProto, options: ort.SessionOptions) -> ort.InferenceSession:
+    """A session of onnxruntime's.
+
+    Raises:
+        RunError: it does not load the model.
+    """
+    with readable():
+        return ort.InferenceSession(proto.SerializeToString(), options, providers=PROVIDERS)
 
 
 def _makes_noise(node: onnx.NodeProto) -> bool:
@@ -164,10 +191,15 @@ def session_options(*, threads: int = 0, optimize: bool = True) -> ort.SessionOp
 
 
 def run_proto(proto: ModelProto, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
-    """Run a small self-contained model once."""
-    options = session_options(optimize=False)
-    session = ort.InferenceSession(proto.SerializeToString(), options, providers=PROVIDERS)
-    return session.run(None, feeds)
+    """Run a small self-contained model once.
+
+    Raises:
+        RunError: onnxruntime does not.
+    """
+    session = open_session(proto, session_options(optimize=False))
+    with readable():
+        found: list[np.ndarray] = session.run(None, feeds)
+    return found
 
 
 def run_nodes(model: Model, nodes: list[gs.Node], outputs: list[str]) -> list[np.ndarray] | None:
@@ -192,7 +224,7 @@ def run_nodes(model: Model, nodes: list[gs.Node], outputs: list[str]) -> list[np
     proto.opset_import.extend(model.template.opset_import)
     try:
         return run_proto(proto, {})
-    except Exception:  # onnxruntime raises many types; not folding is always right
+    except RunError:  # not folding is always right
         return None
 
 
