@@ -50,7 +50,8 @@ from onnx_simplify.planning.profiles import PROFILES, profile
 from onnx_simplify.report import Report
 from onnx_simplify.runtime.benchmark import Timing, time_models
 from onnx_simplify.runtime.measure import settle_disputes
-from onnx_simplify.runtime.verify import Reference, Verification
+from onnx_simplify.runtime.reference import Reference
+from onnx_simplify.runtime.verify import Verification
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -73,6 +74,7 @@ def simplify(
     threads: int = 1,
     threshold: float = 0.0,
     auto_threshold: float | None = None,
+    freeze_weights: bool = False,
     save_to: str | os.PathLike[str] | None = None,
 ) -> tuple[ModelProto, Report]:
     """Make a model as small and fast as its pruned channels allow.
@@ -101,6 +103,8 @@ def simplify(
             layer's largest; 0 is exact. ``rtol`` bounds how much that changes the outputs.
         auto_threshold: find the largest threshold that changes no output by more than this,
             relative to its magnitude, on ``input_data``; instead of ``threshold``.
+        freeze_weights: declare weights final that are graph inputs as well (IR version 4 and
+            newer), which a caller could replace; they are no inputs of the result.
         save_to: write the result to this file as well, replacing it as a whole or not at all. The
             only way to get at results of more than 2 GiB, which get a data file beside it.
 
@@ -140,7 +144,7 @@ def simplify(
     )
     if save_to is not None:
         check_writable(save_to)
-    result, report = pipeline.run(load(model), options)
+    result, report = pipeline.run(load(model, freeze_weights=freeze_weights), options)
     if save_to is None:
         return result.to_proto(), report
     report.after.bytes = save(result, save_to)

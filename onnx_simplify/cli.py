@@ -31,6 +31,12 @@ from onnx_simplify.runtime.benchmark import Timing
 from onnx_simplify.runtime.session import silence
 from onnx_simplify.version import __version__
 
+_OPTIONS = {
+    "input data": "--input-data",
+    "input shapes": "--input-shape",
+    "freeze_weights": "--freeze-weights",
+    "the layers' stays": "--inspect",
+}
 _EPILOG = """exit codes:
   0  written and verified
   1  verification failed, nothing written
@@ -72,9 +78,16 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _complain(text: str, code: int) -> int:
-    line = " ".join(text.split())
+    line = _in_options(" ".join(text.split()))
     print(f"onnx-simplify: {line}", file=sys.stderr)
     return code
+
+
+def _in_options(text: str) -> str:
+    """A message of the Python interface, with the names that the command line has for things."""
+    for name, option in _OPTIONS.items():
+        text = text.replace(name, option)
+    return text
 
 
 class _Parser(argparse.ArgumentParser):
@@ -131,6 +144,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--inspect", action="store_true",
         help="report per layer what is dead, constant and removable; write nothing")
     add("--json", metavar="FILE", help="write the whole report as JSON")
+    add("--freeze-weights", action="store_true",
+        help="declare weights final that are graph inputs as well, which a caller could replace")
     add("--save-external-data", action="store_true",
         help="write large weights to OUT.data")
     add("--quiet", action="store_true", help="print nothing but errors")
@@ -192,7 +207,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.auto_threshold is not None and arguments.input_data is None:
         raise ModelError("--auto-threshold needs --input-data: random inputs say little")
     data = None if arguments.input_data is None else _read_data(arguments.input_data)
-    original = load(arguments.input)
+    original = load(arguments.input, freeze_weights=arguments.freeze_weights)
     with _progress(arguments.quiet) as progress:
         options = Options(
             pinned=arguments.pin,
@@ -363,7 +378,7 @@ def _print_plans(console: Console, plans: Mapping[str, Timing], chosen: str) -> 
 
 def _print_notes(console: Console, report: Report) -> None:
     for note in report.notes:
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {_in_options(note)}", markup=False)
 
 
 def _counts(before: int, after: int) -> tuple[str, str, str]:
@@ -373,15 +388,16 @@ def _counts(before: int, after: int) -> tuple[str, str, str]:
 
 def _print_layers(console: Console, report: Report) -> None:
     table = Table(box=box.SIMPLE_HEAD)
-    for title in ("layer", "operator", "inputs", "outputs", "dead", "constant", "removable"):
-        table.add_column(title, justify="left" if title in ("layer", "operator") else "right",
-                         overflow="fold")
+    words = ("layer", "operator", "why others stay")
+    for title in (*words[:2], "inputs", "outputs", "dead", "constant", "removable", words[2]):
+        table.add_column(title, justify="left" if title in words else "right", overflow="fold")
     for layer in report.layers:
         table.add_row(
             escape(layer.name),
             layer.op,
             *(str(v) for v in (layer.inputs, layer.outputs, layer.dead, layer.constant,
                                layer.removed)),
+            escape(", ".join(f"{count} {reason}" for reason, count in layer.stays.items())),
         )
     console.print(table)
     console.print(

@@ -25,6 +25,7 @@ from onnx_simplify.passes.remove_zeroed import remove_zeroed
 from onnx_simplify.passes.zero_small import thresholds, zero_small
 from onnx_simplify.planning.planner import Planner
 from onnx_simplify.planning.profiles import Profile, alternatives, profile
+from onnx_simplify.reasons import COST, held_back, stays
 from onnx_simplify.report import (
     Figures,
     Opaque,
@@ -37,7 +38,7 @@ from onnx_simplify.report import (
 from onnx_simplify.runtime.benchmark import Timing, time_models
 from onnx_simplify.runtime.inputs import candidate_sizes, input_specs
 from onnx_simplify.runtime.measure import settle_disputes
-from onnx_simplify.runtime.verify import Reference
+from onnx_simplify.runtime.reference import Reference
 
 PASSES = ("fold_batchnorm", "propagate_bias", "remove_zeroed")
 
@@ -128,6 +129,7 @@ def run(original: Model, options: Options) -> tuple[Model, Report]:
         model, report = task.fastest(target, model, report)
     if reference is not None and reference.one_size:
         report.notes.append("run with one size only: no other that was tried is accepted")
+    report.notes += _remarks(original, reference, report)
     if report.after.bytes > report.before.bytes + _MARGIN:
         report.notes.append("the file grows: constants that were computed are stored")
     report.seconds = time.perf_counter() - start
@@ -156,18 +158,25 @@ class _Task:
         found.bytes = self.original.source_bytes or found.bytes
         return found
 
-    def carry_out(
+    def carry_out(self, plan: Profile, skip: Collection[str] = ()) -> tuple[Model, Report]:
+        """Simplify and verify, see :meth:`plan`.
+
+        Raises:
+            VerificationError: the result differs.
+        """
+        model, report = self.plan(plan, skip)
+        self.verify(model, report)
+        return model, report
+
+    def plan(
         self, plan: Profile, skip: Collection[str] = (), *, keep_shared: bool = False
     ) -> tuple[Model, Report]:
-        """Simplify and verify.
+        """Simplify.
 
         Args:
             plan: what the planner decides by.
             skip: passes to leave out besides those of the options.
             keep_shared: leave weights alone that several nodes share.
-
-        Raises:
-            VerificationError: the result differs.
         """
         options = replace(self.options, skip={*self.options.skip, *skip})
         model = self.original.copy()
@@ -185,43 +194,68 @@ class _Task:
         simplify_in_place(model, Planner(plan), self.reference, report, options, self.step)
         report.after = figures(model, self.shapes)
         self.original.release()
-        if self.reference is not None and options.verify:
-            self.step("verifying")
-            half = is_half(self.original)
-            found = report.verification = self.reference.compare(
-                model, options.rtol, half=half, exact=not options.threshold
-            )
-            if not found.passed:
-                advice = " (lower --threshold or raise --rtol)" if options.threshold else ""
-                raise VerificationError(
-                    f"verification failed, nothing written: {found.reason}{advice}"
-                )
         return model, report
+
+    def verify(self, model: Model, report: Report) -> None:
+        """Compare a result with the original, if that was asked for, and enter the verdict.
+
+        Raises:
+            VerificationError: it differs.
+        """
+        options = self.options
+        if self.reference is None or not options.verify:
+            return
+        self.step("verifying")
+        found = report.verification = self.reference.compare(
+            model, options.rtol, half=is_half(self.original), exact=not options.threshold
+        )
+        if not found.passed:
+            advice = " (lower --threshold or raise --rtol)" if options.threshold else ""
+            raise VerificationError(f"verification failed, nothing written: {found.reason}{advice}")
 
     def smallest(self, target: Profile, model: Model, report: Report) -> tuple[Model, Report]:
         """Look for a plan whose result is no larger than the original, if there is one.
 
-        Maps and merged groups can outweigh what is removed from a very small model.
+        Maps and merged groups can outweigh what is removed from a very small model. The first plan
+        that fits is taken; what does not fit is not verified either, unless none does.
 
         Args:
             target: what the first result was planned by.
             model: the first result.
             report: its report.
         """
-        made = {"planned": (model, report)}
         plain = replace(target, rearrange=False)
-        self._try(made, "plain", plain)
-        self._try(made, "stand-ins", replace(plain, map_cost=float("inf")))
-        self._try(made, "shared", plain, keep_shared=True)
-        self._try(made, "cleaned", target, PASSES)
-        sizes = {name: found.after.bytes for name, (_, found) in made.items()}
-        fitting = [name for name, size in sizes.items() if size <= report.before.bytes]
-        chosen = fitting[0] if fitting else min(sizes, key=sizes.__getitem__)
-        model, report = made[chosen]
-        report.plan = chosen
-        if chosen == "cleaned":
+        plans: list[tuple[str, Profile, Collection[str], bool]] = [
+            ("plain", plain, (), False),
+            ("stand-ins", replace(plain, map_cost=float("inf")), (), False),
+            ("shared", plain, (), True),
+            ("cleaned", target, PASSES, False),
+        ]
+        made = {"planned": (model, report)}
+        for name, plan, skip, keep_shared in plans:
+            self.step(f"trying plan '{name}'")
+            found, its = self.plan(plan, skip, keep_shared=keep_shared)
+            if its.after.bytes <= report.before.bytes and self._passes(found, its):
+                return self._chosen(name, found, its)
+            made[name] = found, its
+        for name in sorted(made, key=lambda name: made[name][1].after.bytes):
+            if name == "planned" or self._passes(*made[name]):
+                return self._chosen(name, *made[name])
+        return model, report
+
+    def _chosen(self, name: str, model: Model, report: Report) -> tuple[Model, Report]:
+        report.plan = name
+        if name == "cleaned":
             report.notes.append("nothing was removed: the file would be larger than before")
         return model, report
+
+    def _passes(self, model: Model, report: Report) -> bool:
+        """Whether a result verifies."""
+        try:
+            self.verify(model, report)
+        except VerificationError:
+            return False
+        return True
 
     def fastest(self, target: Profile, model: Model, report: Report) -> tuple[Model, Report]:
         """Time the result, with ``tune`` those of other plans as well, and choose.
@@ -263,13 +297,11 @@ class _Task:
         name: str,
         plan: Profile,
         skip: Collection[str] = (),
-        *,
-        keep_shared: bool = False,
     ) -> None:
         """Add the result of a plan, if it verifies and no other plan gave the same."""
         self.step(f"trying plan '{name}'")
         try:
-            model, report = self.carry_out(plan, skip, keep_shared=keep_shared)
+            model, report = self.carry_out(plan, skip)
         except VerificationError:
             return
         if all(report.after != other.after for _, other in made.values()):
@@ -314,6 +346,10 @@ def simplify_in_place(
     def observe(analysis: Analysis) -> None:
         add_findings(before, analysis)
         if analysis.level:
+            counts = stays(analysis, absorbing="propagate_bias" not in options.skip)
+            report.held_back = held_back(counts)
+            for key, layer in before.items():
+                layer.stays = dict(counts.get(key, {}))
             report.ideal_macs = ideal_macs(analysis, report.input_shapes, before)
         report.opaque = [
             Opaque(label(n), n.op, analysis.layouts.opaque.get(id(n), "operator not known"))
@@ -357,6 +393,10 @@ def simplify_in_place(
         if node in after:
             layer.outputs_after = after[node].outputs
             layer.inputs_after = after[node].inputs
+            could = layer.constant + layer.dead - sum(layer.stays.values())
+            kept = min(could - layer.removed, layer.outputs_after)
+            if kept > 0:
+                layer.stays[COST] = kept
 
 
 def _largest_threshold(original: Model, options: Options, reference: Reference | None) -> float:
@@ -384,6 +424,26 @@ def _largest_threshold(original: Model, options: Options, reference: Reference |
         else:
             high = middle - 1
     return float(known[low]) if low >= 0 else 0.0
+
+
+def _remarks(original: Model, reference: Reference | None, report: Report) -> list[str]:
+    """What a user should know of the model, its verification, and what holds channels back."""
+    found = [] if report.verification is None else list(report.verification.notes)
+    if original.overridable:
+        count = sum(int(np.prod(t.dims)) for t in original.overridable.values())
+        found.append(
+            f"{len(original.overridable)} weights ({count:,} parameters) are graph inputs as well: "
+            "a caller may replace them, so their channels stay; freeze_weights declares them final"
+        )
+    overflow = reference.overflow() if reference is not None and report.has_changed else ""
+    if overflow:
+        found.append(
+            f"{overflow}: a result assumes finite values inside, for zero times infinity is NaN, "
+            "and may differ where the original's are not"
+        )
+    if report.held_back:
+        found.append(f"channels that could go stay: {report.held_back}; see the layers' stays")
+    return found
 
 
 def is_half(model: Model) -> bool:

@@ -20,7 +20,7 @@ from onnx_simplify.graph.model import Model
 from onnx_simplify.graph.quantized import QuantizedConstant
 from onnx_simplify.graph.shapes import infer
 from onnx_simplify.graph.store import serialized_size
-from onnx_simplify.passes.clean import clean
+from onnx_simplify.passes.clean import clean, fold_constants
 from onnx_simplify.passes.fold_shapes import fold_shapes
 from onnx_simplify.runtime.benchmark import Timing
 from onnx_simplify.runtime.verify import Verification
@@ -57,6 +57,7 @@ class Layer:
         outputs_after: output channels after; 0 when the layer is gone.
         inputs_after: input channels after.
         small: output channels that were taken for zero because of a threshold.
+        stays: why constant or dead output channels stay, and how many for each reason.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Layer:
     outputs_after: int = 0
     inputs_after: int = 0
     small: int = 0
+    stays: dict[str, int] = field(default_factory=dict)
 
     @property
     def removed(self) -> int:
@@ -107,6 +109,7 @@ class Report:
         benchmark: timings of ``dense`` and ``simplified`` in milliseconds; None unless asked for.
         seconds: time taken by simplification and verification.
         notes: remarks, such as why a pass was left out.
+        held_back: the operators without rules that keep most channels from going, in words.
     """
 
     before: Figures
@@ -124,6 +127,12 @@ class Report:
     benchmark: dict[str, Timing] | None = None
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
+    held_back: str = ""
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether channels are gone or parameters are."""
+        return self.channels_removed > 0 or self.after.parameters != self.before.parameters
 
     @property
     def channels_removed(self) -> int:
@@ -153,6 +162,7 @@ def figures(model: Model, shapes: Mapping[str, Sequence[int]]) -> Figures:
         shapes: sizes of the inputs to count MACs for.
     """
     stored = [tuple(t.shape) for t in model.initializers().values()]
+    stored += [tuple(t.dims) for t in model.overridable.values()]
     for node in model.graph.nodes:
         if node.op == "Constant":
             stored += [tuple(v.shape) for v in node.attrs.values() if isinstance(v, gs.Constant)]
@@ -178,8 +188,10 @@ def count_macs(model: Model, shapes: Mapping[str, Sequence[int]]) -> int | None:
 def _macs(model: Model, shapes: Mapping[str, Sequence[int]]) -> dict[str, int] | None:
     """Multiply-accumulate operations by the layer's output; None if sizes are not known."""
     model = model.copy()
-    if any(n.op == "Constant" for n in model.graph.nodes):
+    if any(_is_constant(n) for n in model.graph.nodes):
         clean(model)
+        # Weights that are computed count, whether or not they are stored.
+        fold_constants(model, at_any_size=True)
     infer(model, shapes)
     if not all(_is_known(t) for n in model.graph.nodes for t in n.outputs):
         # Sizes are computed on the way: follow the computation for these inputs.
@@ -193,6 +205,11 @@ def _macs(model: Model, shapes: Mapping[str, Sequence[int]]) -> dict[str, int] |
         sizes = {t.name: list(t.shape) for t in tensors}
         found[node.outputs[0].name] = rule.macs(node, sizes)
     return found
+
+
+def _is_constant(node: gs.Node) -> bool:
+    """Whether a node computes from nothing but initializers."""
+    return all(isinstance(t, gs.Constant) for t in node.inputs if t.name)
 
 
 def _is_known(tensor: gs.Tensor) -> bool:

@@ -35,8 +35,8 @@ import publish
 from onnx_simplify.errors import first_line
 from onnx_simplify.graph.model import load
 from onnx_simplify.runtime.benchmark import time_calls
+from onnx_simplify.runtime.difference import difference
 from onnx_simplify.runtime.session import Session
-from onnx_simplify.runtime.verify import difference
 
 # What --also may add, and the module that each needs.
 OTHERS = {

@@ -294,7 +294,7 @@ def _judge(seed: int, code: int | None, text: str, source: Path, result: Path) -
 
 def compare(source: Path, result: Path) -> float:
     """The largest relative error, on inputs made by another generator than the tool's."""
-    from onnx_simplify.runtime.verify import difference
+    from onnx_simplify.runtime.difference import difference
     from random_graphs import random_feeds
 
     options = ort.SessionOptions()

@@ -26,7 +26,7 @@ from rich.table import Table
 
 import publish  # noqa: F401 - puts the package on the path
 from onnx_simplify.graph.model import load
-from onnx_simplify.runtime.verify import Reference
+from onnx_simplify.runtime.reference import Reference
 
 RUNS = 30
 

@@ -95,8 +95,8 @@ def _members(archive: Path) -> Iterator[tuple[str, bytes]]:
 def worst_at(original: Path, result: onnx.ModelProto, sizes: Any = SIZES) -> float:
     """The largest relative error at some heights and widths of the image."""
     from onnx_simplify.graph.model import load
+    from onnx_simplify.runtime.difference import difference
     from onnx_simplify.runtime.session import Session
-    from onnx_simplify.runtime.verify import difference
 
     before, after = Session(load(original)), Session(load(result))
     name = result.graph.input[0].name

@@ -20,7 +20,7 @@ from onnx_simplify.planning.grouping import pack
 from onnx_simplify.planning.planner import Planner
 from onnx_simplify.planning.streams import balance
 from onnx_simplify.runtime.benchmark import Timing
-from onnx_simplify.runtime.verify import Reference
+from onnx_simplify.runtime.reference import Reference
 
 AVX512 = profiles.PROFILES["avx512"]
 

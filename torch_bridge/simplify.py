@@ -39,8 +39,9 @@ from onnx_simplify.errors import first_line
 from onnx_simplify.graph.model import load
 from onnx_simplify.pipeline import is_half
 from onnx_simplify.runtime.benchmark import Timing, time_calls
+from onnx_simplify.runtime.difference import difference
 from onnx_simplify.runtime.session import Session
-from onnx_simplify.runtime.verify import Verification, difference
+from onnx_simplify.runtime.verify import Verification
 from torch_bridge.calls import Call, constants_of, leaves, tensors_of
 from torch_bridge.export import Exported, Exporter, ExportError, export_traced, inference, save
 

@@ -53,12 +53,17 @@ class Analysis:
             if tensor.shape is not None:
                 layout = self.layouts.untracked(tensor)
                 self.layouts.set(tensor, layout)
-                self.layouts.freeze(layout)
+                self.layouts.freeze(layout, "graph input")
         for node in model.graph.nodes:
             self._follow(node)
-        for name in self.kept_names | model.pinned:
-            if name in self.layouts.of:
-                self.layouts.freeze(self.layouts.of[name])
+        outputs = {t.name for t in model.graph.outputs}
+        for names, reason in (
+            (outputs, "graph output"),
+            (self.kept_names - outputs, "read inside a body"),
+            (model.pinned, "pinned"),
+        ):
+            for name in sorted(names & self.layouts.of.keys()):
+                self.layouts.freeze(self.layouts.of[name], reason)
         self.layouts.unite()
 
     def _follow(self, node: gs.Node) -> None:

@@ -35,6 +35,7 @@ class Layouts:
     Attributes:
         of: layout by tensor name; ids are final only after :meth:`unite`.
         frozen: labels of channels that must not be removed, with :meth:`unite`.
+        frozen_by: such labels and why they are, in the order in which that was said.
         opaque: why a node is opaque, by ``id(node)``.
     """
 
@@ -46,7 +47,8 @@ class Layouts:
         self.readers = consumers(model)
         self._count = 0
         self._pairs: list[tuple[np.ndarray, np.ndarray]] = []
-        self._frozen: list[np.ndarray] = []
+        self._frozen: list[tuple[np.ndarray, str]] = []
+        self.frozen_by: list[tuple[np.ndarray, str]] = []
         self.frozen = np.zeros(0, bool)
 
     def shape(self, tensor: gs.Tensor) -> list[Dim]:
@@ -128,9 +130,14 @@ class Layouts:
                 layout = first
         return layout
 
-    def freeze(self, layout: np.ndarray) -> None:
-        """Never remove these channels."""
-        self._frozen.append(layout.ravel())
+    def freeze(self, layout: np.ndarray, reason: str = "made in place") -> None:
+        """Never remove these channels.
+
+        Args:
+            layout: the channels.
+            reason: why, for the report.
+        """
+        self._frozen.append((layout.ravel(), reason))
 
     def set(self, tensor: gs.Tensor, layout: np.ndarray) -> None:
         """Record the layout of a node's output."""
@@ -145,8 +152,9 @@ class Layouts:
         labels = components(self._count, self._pairs)
         count = int(labels.max()) + 1 if labels.size else 0
         self.frozen = np.zeros(count, bool)
-        for ids in self._frozen:
+        for ids, reason in self._frozen:
             self.frozen[labels[ids]] = True
+            self.frozen_by.append((labels[ids], reason))
         self.of = {name: labels[layout] for name, layout in self.of.items()}
 
 

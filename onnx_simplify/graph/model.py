@@ -391,10 +391,15 @@ class Model:
         return message
 
 
-def load(source: ModelSource) -> Model:
+def load(source: ModelSource, *, freeze_weights: bool = False) -> Model:
     """Read a model from a path, serialized bytes, or a message (which is not modified).
 
     Weights inside the file are mapped, not read; so are external ones.
+
+    Args:
+        source: the model.
+        freeze_weights: declare initializers final that are graph inputs as well, which a caller
+            could replace (IR version 4 and newer); they are no inputs then.
 
     Raises:
         ModelError: the source cannot be read or is not a valid ONNX model.
@@ -439,6 +444,8 @@ def load(source: ModelSource) -> Model:
                 source_bytes += arrays[tensor.name].nbytes
     _import_domains(proto)
     _check(proto)
+    if freeze_weights:
+        _drop_inputs(proto.graph, {i.name for i in proto.graph.initializer})
     for tensor in proto.graph.initializer:
         values = arrays[tensor.name]
         if values.nbytes > INLINE_BYTES and not _stays_inline(values.dtype):

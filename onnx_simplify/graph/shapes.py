@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
+import numpy as np
 import onnx
 import onnx.shape_inference
 import onnx_graphsurgeon as gs
@@ -72,6 +74,16 @@ def static_shapes(model: Model, input_shapes: Mapping[str, Sequence[int]]) -> di
     return found
 
 
+def types(model: Model) -> dict[str, np.dtype]:
+    """Types of the elements of inputs and inner tensors, as far as inference knows them."""
+    found = {}
+    for name, info in _infer(model, None).items():
+        kind = info.tensor_type.elem_type if info.HasField("tensor_type") else 0
+        with suppress(KeyError):
+            found[name] = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind))
+    return found
+
+
 def input_dims(info: onnx.ValueInfoProto) -> list[Dim]:
     """Sizes of a graph input; free ones as symbols.
 
@@ -116,6 +128,13 @@ def _infer(
                     info.name, info.type.tensor_type.elem_type, shape
                 )
             )
+    known = {t.name for t in (*proto.graph.input, *proto.graph.initializer)}
+    outputs = [o for o in proto.graph.output if o.name not in known]
+    if len(outputs) < len(proto.graph.output):
+        # Those that are inputs or weights as well are known from there.
+        outputs = [onnx.ValueInfoProto.FromString(o.SerializeToString()) for o in outputs]
+        del proto.graph.output[:]
+        proto.graph.output.extend(outputs)
     for info in proto.graph.output:
         # What a model declares of its outputs need not be true.
         if info.type.HasField("tensor_type"):

@@ -7,13 +7,14 @@ and nodes nobody uses are dropped.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnx_simplify.channels.operators.elementwise import is_inference_dropout
-from onnx_simplify.graph.edit import consumers, drop_unused, remove_nodes
+from onnx_simplify.channels.layouts import components
+from onnx_simplify.channels.operators.elementwise import has_mask, is_inference_dropout
+from onnx_simplify.graph.edit import Readers, consumers, drop_unused, remove_nodes
 from onnx_simplify.graph.model import Model
 from onnx_simplify.graph.quantized import QuantizedConstant
 from onnx_simplify.runtime.session import run_nodes
@@ -31,10 +32,21 @@ _NOT_FOLDED = frozenset(
 def clean(model: Model) -> None:
     """Normalise the model, in place."""
     _constants(model)
+    _drop_masks(model)
     bypass_identities(model)
     fold_constants(model)
     model.adopt_quantized()
     drop_unused(model)
+
+
+def _drop_masks(model: Model) -> None:
+    """Leave out masks of ``Dropout`` that nobody reads."""
+    readers = consumers(model)
+    for node in model.graph.nodes:
+        if node.op == "Dropout" and not node.domain and has_mask(node):
+            mask = node.outputs[1]
+            if mask.name not in readers and not model.is_kept(mask):
+                node.outputs = node.outputs[:1]
 
 
 def bypass_identities(model: Model) -> None:
@@ -63,7 +75,7 @@ def _is_identity(node: gs.Node) -> bool:
         return True
     if node.op == "Conv":
         return _is_identity_convolution(node)
-    return node.op == "Dropout" and is_inference_dropout(node)
+    return node.op == "Dropout" and is_inference_dropout(node) and not has_mask(node)
 
 
 def _is_identity_convolution(node: gs.Node) -> bool:
@@ -108,8 +120,17 @@ def _constant_value(node: gs.Node) -> np.ndarray | None:
     return None
 
 
-def fold_constants(model: Model) -> None:
-    """Evaluate nodes with constant inputs only, all in one onnxruntime session."""
+def fold_constants(model: Model, *, at_any_size: bool = False) -> None:
+    """Evaluate nodes with constant inputs only, all in one onnxruntime session.
+
+    What is computed is stored where that makes the file no larger: a whole computation, such as
+    the standardisation of a weight, if its results need no more room than what only it reads;
+    otherwise those of its nodes of which that is true.
+
+    Args:
+        model: the model, changed in place.
+        at_any_size: store results however large they are, in a model that is never written.
+    """
     kept = model.kept_names
     constant: set[str] = set()
     inside: list[gs.Node] = []
@@ -133,6 +154,7 @@ def fold_constants(model: Model) -> None:
     readers = consumers(model)
     dead = set()
     known: dict[str, list[gs.Constant]] = {}
+    fitting = _fitting(inside, readers, {name: v.nbytes for name, v in value_of.items()})
     for node in inside:
         # Decided node by node, in order, so that a result does not depend on its neighbours.
         if not all(isinstance(t, gs.Constant) or not t.name for t in node.inputs):
@@ -140,7 +162,7 @@ def fold_constants(model: Model) -> None:
         if not all(t.name in value_of for t in node.outputs if t.name):
             continue
         same = _computation(node)
-        if same not in known:
+        if same not in known and id(node) not in fitting and not at_any_size:
             # What others read as well stays in the file.
             supply = sum(
                 t.values.nbytes
@@ -151,12 +173,48 @@ def fold_constants(model: Model) -> None:
             size = sum(value_of[t.name].nbytes for t in node.outputs if t.name)
             if size > supply + _GROWTH and not (node.op == "Gather" and size <= _LARGEST_MAP):
                 continue
+        if same not in known:
             known[same] = [gs.Constant(t.name, value_of.get(t.name)) for t in node.outputs]
         for tensor, new in zip(node.outputs, known[same], strict=True):
             for reader, index in readers.get(tensor.name, []) if tensor.name else ():
                 reader.inputs[index] = new
         dead.add(id(node))
     remove_nodes(model, dead)
+
+
+def _fitting(
+    nodes: list[gs.Node], readers: Readers, sizes: Mapping[str, int]
+) -> set[int]:
+    """Nodes (by ``id``) of computations whose results are no larger than what only they read.
+
+    Args:
+        nodes: nodes with constant inputs only; those that are connected are one computation.
+        readers: readers of all tensors.
+        sizes: bytes of their outputs by name; what is missing cannot be stored.
+    """
+    maker = {t.name: k for k, node in enumerate(nodes) for t in node.outputs if t.name}
+    edges = [
+        (k, maker[t.name]) for k, node in enumerate(nodes) for t in node.inputs if t.name in maker
+    ]
+    left, right = np.array(edges, np.int64).reshape(-1, 2).T
+    labels = components(len(nodes), [(left, right)])
+    part = {id(node): int(label) for node, label in zip(nodes, labels, strict=True)}
+    growth = dict.fromkeys(part.values(), 0)
+    counted: set[str] = set()
+    for node in nodes:
+        own = part[id(node)]
+        for tensor in node.outputs:
+            users = readers.get(tensor.name, ())
+            if tensor.name and tensor.name not in sizes:
+                growth[own] = _LARGEST_MAP
+            elif any(id(user) not in part for user, _ in users):
+                growth[own] += sizes[tensor.name]
+        for tensor in node.inputs:
+            if isinstance(tensor, gs.Constant) and tensor.name not in counted:
+                counted.add(tensor.name)
+                if all(part.get(id(user)) == own for user, _ in readers[tensor.name]):
+                    growth[own] -= tensor.values.nbytes
+    return {id(node) for node in nodes if growth[part[id(node)]] <= 0}
 
 
 def _computation(node: gs.Node) -> str:

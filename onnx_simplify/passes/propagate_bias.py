@@ -75,12 +75,12 @@ def propagate_bias(
         if _store_constant_results(analysis) or stored:
             clean(model)
             analysis = _measured(model, runs, splitter)
-    readers = _readers(analysis, only_zeros)
-    alive = _alive_after(analysis, readers)
+    readers = find_readers(analysis, only_zeros=only_zeros)
+    alive = alive_after(analysis, readers)
     if regroup_shuffles(analysis, alive):
         analysis = _measured(model, runs)
-        readers = _readers(analysis, only_zeros)
-        alive = _alive_after(analysis, readers)
+        readers = find_readers(analysis, only_zeros=only_zeros)
+        alive = alive_after(analysis, readers)
     _absorb(analysis, planner, readers, alive)
 
 
@@ -219,7 +219,7 @@ def _same_shape(
 
 
 @dataclass
-class _Reader:
+class Reader:
     """A linear node that reads constant channels; arrays have one entry per input channel.
 
     Attributes:
@@ -259,8 +259,8 @@ class _Reader:
         return self.scalar | self.padded | self.mapped
 
 
-def _alive_after(
-    analysis: Analysis, readers: list[_Reader], *, decided: bool = False
+def alive_after(
+    analysis: Analysis, readers: list[Reader], *, decided: bool = False
 ) -> np.ndarray:
     """Labels that stay if everything that can be absorbed is, or all that it was decided to."""
     absorbed = {}
@@ -275,7 +275,7 @@ def _alive_after(
 
 
 def _absorb(
-    analysis: Analysis, planner: Planner, readers: list[_Reader], alive: np.ndarray
+    analysis: Analysis, planner: Planner, readers: list[Reader], alive: np.ndarray
 ) -> None:
     """Absorb what makes channels removable.
 
@@ -294,7 +294,7 @@ def _absorb(
         _decide(choice, reader)
     if any(reader.stand_ins for reader in readers):
         # So does what channels are computed from that stay to stand for others.
-        needed = _alive_after(analysis, readers, decided=True)
+        needed = alive_after(analysis, readers, decided=True)
         alive = alive | analysis.close(needed, free=mergers)
     editor = Editor(analysis.model, analysis.layouts.readers)
     for reader in readers:
@@ -302,7 +302,13 @@ def _absorb(
     editor.finish()
 
 
-def _readers(analysis: Analysis, only_zeros: bool) -> list[_Reader]:
+def find_readers(analysis: Analysis, *, only_zeros: bool) -> list[Reader]:
+    """The linear nodes that read constant channels, with the ways in which they could absorb them.
+
+    Args:
+        analysis: an analysis with levels.
+        only_zeros: look at nothing but zeros, which need no bias.
+    """
     found = []
     for place, node in enumerate(analysis.model.graph.nodes):
         rule = analysis.rule[id(node)]
@@ -331,7 +337,7 @@ def _readers(analysis: Analysis, only_zeros: bool) -> list[_Reader]:
             padded = mapped = np.zeros_like(zero)
         if only_zeros:
             scalar, padded, mapped = zero, np.zeros_like(zero), np.zeros_like(zero)
-        reader = _Reader(place, node, rule, labels, scalar, padded, mapped, values)
+        reader = Reader(place, node, rule, labels, scalar, padded, mapped, values)
         if reader.candidates.any():
             found.append(reader)
     return found
@@ -350,7 +356,7 @@ class _Choice:
     alive: np.ndarray
 
 
-def _decide(choice: _Choice, reader: _Reader) -> None:
+def _decide(choice: _Choice, reader: Reader) -> None:
     """Choose what to absorb and how."""
     alive = choice.alive
     used = reader.rule.used(reader.node)
@@ -364,7 +370,7 @@ def _decide(choice: _Choice, reader: _Reader) -> None:
         _decide_mapped(choice, reader, varied)
 
 
-def _decide_uniform(choice: _Choice, reader: _Reader, padded: np.ndarray) -> None:
+def _decide_uniform(choice: _Choice, reader: Reader, padded: np.ndarray) -> None:
     """One channel of each group stands for all others: their constants are multiples of its."""
     groups, _, inputs = reader.rule.used(reader.node).shape
     static = reader.rule.is_static(reader.node, choice.analysis)
@@ -390,7 +396,7 @@ def _decide_uniform(choice: _Choice, reader: _Reader, padded: np.ndarray) -> Non
         _stand_for(choice, reader, members, np.array([best]), ratios[None, :])
 
 
-def _decide_mapped(choice: _Choice, reader: _Reader, varied: np.ndarray) -> None:
+def _decide_mapped(choice: _Choice, reader: Reader, varied: np.ndarray) -> None:
     """A few channels stand for all others, whose maps are linear combinations of theirs."""
     analysis = choice.analysis
     source = reader.node.inputs[reader.rule.wiring(reader.node).data]
@@ -414,7 +420,7 @@ def _decide_mapped(choice: _Choice, reader: _Reader, varied: np.ndarray) -> None
     reader.offsets[members] = offsets
 
 
-def _is_cheaper(choice: _Choice, reader: _Reader, stand_ins: np.ndarray) -> bool:
+def _is_cheaper(choice: _Choice, reader: Reader, stand_ins: np.ndarray) -> bool:
     """Whether these channels shall stay to stand for others, rather than a map be added."""
     analysis, alive = choice.analysis, choice.alive
     node, rule = reader.node, reader.rule
@@ -438,7 +444,7 @@ def _is_cheaper(choice: _Choice, reader: _Reader, stand_ins: np.ndarray) -> bool
 
 def _stand_for(
     choice: _Choice,
-    reader: _Reader,
+    reader: Reader,
     members: np.ndarray,
     chosen: np.ndarray,
     weights: np.ndarray,
@@ -492,7 +498,7 @@ def basis(
 
 
 def _rewrite(
-    analysis: Analysis, editor: Editor, reader: _Reader, alive: np.ndarray
+    analysis: Analysis, editor: Editor, reader: Reader, alive: np.ndarray
 ) -> None:
     if not reader.absorb.any():
         return
@@ -520,7 +526,7 @@ def _rewrite(
         editor.add_behind(node, addend)
 
 
-def _merge_columns(reader: _Reader, editor: Editor) -> None:
+def _merge_columns(reader: Reader, editor: Editor) -> None:
     """Add the scaled weights of channels to those of the channels that stand for them."""
     weight = np.array(reader.rule.weights(reader.node))
     inputs = weight.shape[2]
@@ -534,7 +540,7 @@ def _merge_columns(reader: _Reader, editor: Editor) -> None:
     reader.rule.set_weights(reader.node, weight, editor.put)
 
 
-def _response_map(analysis: Analysis, reader: _Reader, mask: np.ndarray) -> np.ndarray:
+def _response_map(analysis: Analysis, reader: Reader, mask: np.ndarray) -> np.ndarray:
     """What the constants of some input channels add to the output, as an array (float32).
 
     The node itself is run on these channels alone, with size 1 along axes where nothing varies.

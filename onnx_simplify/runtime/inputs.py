@@ -17,10 +17,19 @@ from onnx_simplify.graph.shapes import EMPTY, input_dims
 
 Feeds = dict[str, np.ndarray]
 
-_BATCH_HINTS = ("batch", "n", "bs", "b")
-# Sizes tried for free spatial dimensions, in order; the first that the model accepts is used.
-_SIZES = (224, 64, 96, 128, 256, 320, 640, 32, 512, 16, 8, 100, 48, 299, 384, 1, 16000, 1000)
+# Names of free dimensions that are batches wherever they are, and lengths even in the first place.
+_BATCH = re.compile(r"batch|(^|_)bs($|_)", re.IGNORECASE)
+_LENGTH = re.compile(r"seq|time|len|frame|sample|token|step|point|width|height", re.IGNORECASE)
+# Sizes tried for free dimensions besides batches, in order, by how many of them an input has; the
+# first that the model accepts beside others is used. A volume of 32 has the elements of an image.
+_LENGTHS = (224, 512, 64, 128, 1000, 256, 96, 320, 32, 16, 100, 48, 8, 640, 299, 384, 16000, 1)
+_IMAGES = (224, 64, 96, 128, 256, 320, 640, 32, 512, 16, 8, 100, 48, 299, 384, 1, 16000, 1000)
+_VOLUMES = (32, 16, 48, 64, 24, 20, 8, 96, 112, 128, 4, 1)
+# Sound comes in thousands of samples, and what is too short for a network can bring it down.
+_SIGNALS = (16000, 48000, 8000, 4000, 1000, 512, 224, 100, 64, 32, 8, 1)
 _ELEMENT_BOUND = 2**21
+# Dimensions of this size are not halved any more.
+_SMALL = 8
 _EXPRESSION = re.compile(r"\s*([A-Za-z_][\w.]*|\d+)((?:\s*[-+*]\s*(?:[A-Za-z_][\w.]*|\d+))+)\s*")
 STYLES = ("random", "positive", "ones", "all ones", "zeros", "range", "sizes", "minus one")
 """Kinds of values, the first of which a model accepts is used, see :func:`make_feeds`."""
@@ -61,12 +70,12 @@ def input_specs(model: Model, shapes: Mapping[str, Sequence[int]] | None = None)
         if given is not None:
             if kind.HasField("shape") and len(given) != len(dims):
                 raise ModelError(
-                    f"--input-shape: '{info.name}' has {len(dims)} dimensions, not {len(given)}"
+                    f"input shapes: '{info.name}' has {len(dims)} dimensions, not {len(given)}"
                 )
             for axis, (size, dim) in enumerate(zip(given, dims, strict=False)):
                 if isinstance(dim, int) and dim != size:
                     raise ModelError(
-                        f"--input-shape: dimension {axis} of '{info.name}' is fixed to {dim}"
+                        f"input shapes: dimension {axis} of '{info.name}' is fixed to {dim}"
                     )
             dims = list(given)
         dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type or TensorProto.FLOAT)
@@ -90,8 +99,9 @@ def candidate_sizes(specs: Sequence[InputSpec]) -> Iterator[dict[str, int]]:
     """
     batch, spatial = _free(specs)
     seen = set()
+    choice = _choice(specs, spatial)
     for count in (1, 2) if batch else (1,):
-        for size in _SIZES if spatial else _SIZES[:1]:
+        for size in choice if spatial else choice[:1]:
             if spatial and any(_volume(s, size) > _ELEMENT_BOUND for s in specs):
                 continue
             sizes = dict.fromkeys(batch, count) | dict.fromkeys(spatial, size)
@@ -99,6 +109,29 @@ def candidate_sizes(specs: Sequence[InputSpec]) -> Iterator[dict[str, int]]:
             if key not in seen:
                 seen.add(key)
                 yield with_expressions(specs, sizes)
+
+
+def _choice(specs: Sequence[InputSpec], spatial: Sequence[str]) -> tuple[int, ...]:
+    """Sizes to try for free dimensions that are no batches."""
+    most = max((sum(d in spatial for d in s.dims) for s in specs), default=0)
+    if most > 1:
+        return _IMAGES if most == 2 else _VOLUMES
+    signals = [
+        s
+        for s in specs
+        if s.dtype.kind == "f"
+        and any(d in spatial for d in s.dims)
+        and int(np.prod([d for d in s.dims if isinstance(d, int)])) <= 2
+    ]
+    return _SIGNALS if signals and len(specs) == 1 else _LENGTHS
+
+
+def halved(specs: Sequence[InputSpec], sizes: Mapping[str, int]) -> dict[str, int]:
+    """Half the sizes of free dimensions that are no batches; nothing if they are small."""
+    _, spatial = _free(specs)
+    smaller = dict(sizes) | {n: sizes[n] // 2 for n in spatial if sizes[n] >= 2 * _SMALL}
+    smaller = with_expressions(specs, smaller)
+    return smaller if smaller != dict(sizes) else {}
 
 
 def unlikely_sizes(specs: Sequence[InputSpec]) -> Iterator[dict[str, int]]:
@@ -175,7 +208,8 @@ def _expression(name: str) -> list[str] | None:
 def _free(specs: Sequence[InputSpec]) -> tuple[list[str], list[str]]:
     """Names of free batch dimensions and of other free dimensions, in order.
 
-    Without those that others determine.
+    A batch is the first dimension of an input of several, or is called one. Without those that
+    others determine.
     """
     batch: list[str] = []
     other: list[str] = []
@@ -186,12 +220,8 @@ def _free(specs: Sequence[InputSpec]) -> tuple[list[str], list[str]]:
                 parts = _expression(dim)
                 if parts is not None and all(p.isdigit() or p in names for p in parts[::2]):
                     continue
-                hint = dim.lower()
-                first = axis == 0 and len(spec.dims) > 1
-                is_batch = first or any(
-                    hint == h or (len(h) > 2 and hint.startswith(h)) for h in _BATCH_HINTS
-                )
-                (batch if is_batch else other).append(dim)
+                first = axis == 0 and len(spec.dims) > 1 and not _LENGTH.search(dim)
+                (batch if first or _BATCH.search(dim) else other).append(dim)
     return batch, other
 
 

@@ -15,13 +15,10 @@ from onnx import ModelProto
 
 from onnx_simplify.errors import CannotVerifyError, RunError, first_line
 from onnx_simplify.graph.model import Model, all_nodes, headless
+from onnx_simplify.graph.traits import RANDOM
 from onnx_simplify.runtime.widen import as_float32, widen
 
 PROVIDERS = ["CPUExecutionProvider"]
-_RANDOM = frozenset(
-    """Bernoulli Dropout Multinomial RandomNormal RandomNormalLike RandomUniform
-    RandomUniformLike""".split()
-)
 # Weights of more bytes are only optimised where that is the point: it copies them.
 _LARGE = 1 << 30
 # Seconds that a loop may run, which need not end.
@@ -131,7 +128,7 @@ class Session:
         except RunError as error:
             if options.terminate:
                 raise CannotVerifyError(
-                    f"the model loops for more than {_PATIENCE} seconds: give --input-data"
+                    f"the model loops for more than {_PATIENCE} seconds: give input data"
                 ) from error
             raise
         finally:
@@ -161,7 +158,7 @@ def open_session(proto: ModelProto, options: ort.SessionOptions) -> ort.Inferenc
 def _makes_noise(node: onnx.NodeProto) -> bool:
     if node.op_type == "Dropout":
         return not node.domain and len(node.input) > 2
-    return not node.domain and node.op_type in _RANDOM
+    return not node.domain and node.op_type in RANDOM
 
 
 def _fix_seed(node: onnx.NodeProto) -> None:

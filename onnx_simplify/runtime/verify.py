@@ -1,51 +1,47 @@
-"""Compare two models by running both in onnxruntime on the same inputs."""
+"""Compare two models by what they make of the same inputs.
+
+Start reading from :meth:`Judge.compare`. An output that agrees to within the tolerance is fine.
+Where it does not, the original itself is asked how much rounding moves it: run as onnxruntime
+optimises it, and for inputs that differ by rounding. Where an output says nothing, or so little
+that its bound had to be widened, tensors in front of it are compared that both graphs have by one
+name.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain, islice
 
 import numpy as np
 
-from onnx_simplify.errors import CannotVerifyError, ModelError, first_line
+from onnx_simplify.errors import CannotVerifyError, first_line
 from onnx_simplify.graph.model import Model
-from onnx_simplify.runtime.inputs import (
-    STYLES,
-    Feeds,
-    InputSpec,
-    alike,
-    candidate_sizes,
-    input_specs,
-    is_free,
-    make_feeds,
-    unlikely_sizes,
-    varied,
+from onnx_simplify.graph.traits import COARSE
+from onnx_simplify.runtime.difference import (
+    Gap,
+    compare,
+    is_informative,
+    magnitudes,
+    spread,
+    wide,
 )
+from onnx_simplify.runtime.inputs import Feeds
+from onnx_simplify.runtime.rows import unmatched
 from onnx_simplify.runtime.session import Session
-from onnx_simplify.runtime.widen import needs_widening
+from onnx_simplify.runtime.trace import Trace
 
-# Integer outputs such as arg-max may flip where two scores tie to within rounding.
-_TIES = 1e-3
-# So may values behind operators that jump; then so many positions of an output do not count.
-_TIES_OF_VALUES = 1e-4
-_JUMPS = frozenset(
-    """ArgMax ArgMin Ceil Equal Floor Greater GreaterOrEqual Less LessOrEqual Mod
-    NonMaxSuppression Round Sign TopK""".split()
-)
-# Activations are rounded to a few bits; an output may be off by as much as it is for inputs that
-# differ by rounding, within a bound.
-_COARSE = frozenset({"QuantizeLinear", "DynamicQuantizeLinear"})
+# Activations that are rounded to a few bits may move an output by a whole step; within a bound.
 _STEPS = 2e-2
 _TRIALS = 8
-_ATTEMPTS = 36
-# Of those sizes, so many are tried with other than random values.
-_FEW_SIZES = 4
 # Some networks hardly react to their input: an output may not be off by more than this share of
 # its variation between two inputs, unless that is rounding, which it may exceed by a margin.
-_NOISE = 0.1
+_SHARE = 0.1
 _MARGIN = 10
+# Where rounding moves an output by more than is allowed, it may be off by so many times that much.
+_WIDER = 4
+# So many tensors in front of an output are looked at.
+_NEAR = 96
 
 
 @dataclass
@@ -58,16 +54,42 @@ class Run:
 
 
 @dataclass
+class Compared:
+    """What was compared of one output, over all runs.
+
+    Attributes:
+        name: the output.
+        elements: how many numbers.
+        varied: the share of them that was not the same for all inputs of one size.
+        low: the smallest number, None if there is none.
+        high: the largest number.
+        error: the largest error, see :class:`Verification`.
+        inside: tensors in front of it that were compared as well, since it says little.
+    """
+
+    name: str
+    elements: int = 0
+    varied: float = 0.0
+    low: float | None = None
+    high: float | None = None
+    error: float = 0.0
+    inside: list[str] = field(default_factory=list)
+
+
+@dataclass
 class Verification:
     """The result of a comparison.
 
     Attributes:
         passed: whether all outputs agree within the tolerance.
-        worst: largest relative error: ``max |a - b| / max |a|`` per output and run.
+        worst: largest relative error: ``max |a - b| / max |a|`` per column of an output and run,
+            see :func:`onnx_simplify.runtime.difference.magnitudes`.
         tolerance: the bound ``worst`` was held against.
         runs: number of inputs compared.
         sizes: sizes of free dimensions in each run.
         reason: what differs, when not passed.
+        outputs: what was compared.
+        notes: where a bound was widened, or something else compared, and why.
     """
 
     passed: bool
@@ -76,236 +98,284 @@ class Verification:
     runs: int
     sizes: list[dict[str, int]]
     reason: str = ""
+    outputs: list[Compared] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
-class Reference:
-    """Runs of the original model, kept to compare simplified ones with.
+@dataclass
+class Bounds:
+    """What a comparison is held against.
 
     Attributes:
-        model: the model.
+        tolerance: the relative error allowed.
+        rounding: errors up to this are rounding, whatever the output's variation.
+        exact: whether both models are meant to compute the same.
+    """
+
+    tolerance: float
+    rounding: float
+    exact: bool
+
+
+class Judge:
+    """Compares models with the original, whose own rounding it knows.
+
+    Attributes:
+        model: the original.
         names: its outputs.
-        specs: its inputs.
-        runs: at least two runs of the same sizes, then runs of other sizes where any are free.
-        one_size: whether sizes are free, but no others than the first were accepted.
+        runs: its runs; the first two have the same sizes.
+        trace: where its outputs come from.
+        mute: which outputs say nothing for any of the inputs.
     """
 
     def __init__(
-        self,
-        model: Model,
-        *,
-        input_shapes: Mapping[str, Sequence[int]] | None = None,
-        input_data: Mapping[str, np.ndarray] | None = None,
-        count: int = 2,
+        self, model: Model, names: list[str], runs: list[Run], trace: Trace, mute: list[int]
     ):
-        """Find inputs that the model accepts, and run it.
-
-        Args:
-            model: the model as loaded.
-            input_shapes: sizes for inputs, by name.
-            input_data: values for the first run, by input name.
-            count: number of random inputs of the first sizes; two at least are made.
-
-        Raises:
-            ModelError: the shapes or data do not fit the model's inputs.
-            CannotVerifyError: the model does not run on any input that could be made.
-        """
+        """Judge by these runs."""
         self.model = model
-        self.specs = input_specs(model, input_shapes)
-        self.runs: list[Run] = []
-        self.one_size = False
-        self._noise: list[float] | None = None
-        self._rounds = any(n.op in _COARSE for n in model.graph.nodes)
-        self._ties = any(n.op in _JUMPS for n in model.graph.nodes)
-        session = self._open()
-        self.names = session.output_names
-        try:
-            self._run(session, input_data, max(2, count))
-        except CannotVerifyError:
-            if model.stand_in or not needs_widening(model.structure()[0]):
-                raise
-            # There may be kernels, but no way to feed them.
-            model.stand_in = True
-            self._run(Session(model), input_data, max(2, count))
-        if session.is_random:
-            # Noise depends on how many runs there were before.
-            session = self._open()
-            for run in self.runs:
-                run.outputs = session.run(run.feeds)
-
-    def _run(
-        self, session: Session, data: Mapping[str, np.ndarray] | None, count: int
-    ) -> None:
-        if data is not None:
-            self._run_data(session, data, count)
-        else:
-            self._run_random(session, count)
-
-    @property
-    def feeds(self) -> list[Feeds]:
-        """Inputs for measuring: two of the same sizes, then those where more than batches vary."""
-        first = self.runs[0]
-        shapes = {n: v.shape[1:] for n, v in first.feeds.items()}
-        other = [
-            r.feeds
-            for r in self.runs
-            if any(v.shape[1:] != shapes[n] for n, v in r.feeds.items())
-        ]
-        return [first.feeds, self.runs[1].feeds, *other]
-
-    def _open(self) -> Session:
-        try:
-            return Session(self.model)
-        except Exception as error:
-            reason = first_line(error)
-        if needs_widening(self.model.structure()[0]):
-            self.model.stand_in = True
-            try:
-                return Session(self.model)
-            except Exception:  # the first reason is the better one
-                self.model.stand_in = False
-        raise CannotVerifyError(f"onnxruntime cannot load the original model: {reason}")
-
-    def _run_random(self, session: Session, count: int) -> None:
-        reason = ""
-        sizes = list(islice(candidate_sizes(self.specs), _ATTEMPTS))
-        attempts = [(s, STYLES[0]) for s in chain(sizes, unlikely_sizes(self.specs))]
-        attempts += [(s, style) for style in STYLES[1:] for s in sizes[:_FEW_SIZES]]
-        for size, style in attempts:
-            try:
-                self.runs = [self._once(session, size, seed, style) for seed in range(count)]
-            except CannotVerifyError:
-                raise
-            except Exception as error:
-                reason = reason or first_line(error)
-                continue
-            break
-        if not self.runs:
-            raise CannotVerifyError(
-                "the original model runs on no input that could be made up "
-                f"({reason}): give --input-shape or --input-data"
-            )
-        if is_free(self.specs):
-            first = self.runs[0].sizes
-            self._run_others(session, style, varied(self.specs, first, 3)[1:])
-            if len(self.runs) == count:
-                self._run_others(session, style, alike(first), most=1)
-            self.one_size = len(self.runs) == count
-
-    def _run_others(
-        self, session: Session, style: str, others: Sequence[dict[str, int]], most: int = 2
-    ) -> None:
-        """Run other sizes, up to so many that the model accepts."""
-        for other in others:
-            try:
-                self.runs.append(self._once(session, other, len(self.runs), style))
-            except Exception:  # this size is not for this model
-                continue
-            most -= 1
-            if not most:
-                return
-
-    def _once(self, session: Session, sizes: dict[str, int], seed: int, style: str) -> Run:
-        feeds = make_feeds(self.model, self.specs, sizes, seed, style)
-        outputs = session.run(feeds)
-        if not all(_is_finite(o) for o in outputs):
-            # Logarithms and roots want positive inputs.
-            positive = {
-                n: (1 / (1 + np.exp(-v.astype(np.float32)))).astype(v.dtype)
-                if v.dtype.kind == "f"
-                else v
-                for n, v in feeds.items()
-            }
-            better = session.run(positive)
-            if all(_is_finite(o) for o in better):
-                return Run(positive, better, dict(sizes))
-        return Run(feeds, outputs, dict(sizes))
-
-    def _run_data(self, session: Session, data: Mapping[str, np.ndarray], count: int) -> None:
-        feeds = _fit(self.specs, data)
-        try:
-            self.runs = [Run(feeds, session.run(feeds))]
-        except Exception as error:
-            raise ModelError(
-                f"--input-data: the original model rejects it: {first_line(error)}"
-            ) from error
-        shapes = {n: v.shape for n, v in feeds.items()}
-        specs = [InputSpec(s.name, s.dtype, list(shapes[s.name])) for s in self.specs]
-        for seed in range(1, count):
-            other = make_feeds(self.model, specs, {}, seed)
-            try:
-                self.runs.append(Run(other, session.run(other)))
-            except Exception:
-                other = {n: v[..., ::-1].copy() if v.ndim else v for n, v in feeds.items()}
-                try:
-                    self.runs.append(Run(other, session.run(other)))
-                except Exception:  # the values are such that no others do
-                    self.runs.append(Run(feeds, session.run(feeds)))
+        self.names = names
+        self.runs = runs
+        self.trace = trace
+        self.mute = mute
+        self._rounds = any(n.op in COARSE for n in model.graph.nodes)
+        self._ties: dict[str, bool] = {}
+        self._rounded: dict[int, list[list[np.ndarray]]] = {}
 
     def compare(
-        self,
-        simplified: Model,
-        rtol: float | None = None,
-        *,
-        half: bool = False,
-        exact: bool = True,
+        self, simplified: Model, rtol: float | None, *, half: bool, exact: bool
     ) -> Verification:
-        """Run the simplified model, optimised as in deployment, on all inputs.
-
-        Args:
-            simplified: the model to check.
-            rtol: bound on the relative error; by default 1e-4, in half precision 1e-2.
-            half: whether the model computes in half precision.
-            exact: whether both are meant to compute the same, so that an output may not be off by
-                as much as it varies between inputs either.
-        """
+        """Compare, see :meth:`onnx_simplify.runtime.reference.Reference.compare`."""
         simplified.stand_in = self.model.stand_in
-        tolerance = rtol if rtol is not None else (1e-2 if half else 1e-4)
-        rounding = (5e-3 if half else 5e-6) if exact else float("inf")
-        result = Verification(
-            True, 0.0, tolerance, len(self.runs), [dict(r.sizes) for r in self.runs]
+        bounds = Bounds(
+            tolerance=rtol if rtol is not None else (1e-2 if half else 1e-4),
+            rounding=(5e-3 if half else 5e-6) if exact else float("inf"),
+            exact=exact,
         )
+        result = Verification(
+            True, 0.0, bounds.tolerance, len(self.runs), [dict(r.sizes) for r in self.runs]
+        )
+        result.outputs = [self._compared(k) for k in range(len(self.names))]
         try:
-            self._judge(self._deployed(simplified), result, rounding)
+            found = self._deployed(simplified)
         except Exception as error:
             result.passed, result.worst = False, float("inf")
             result.reason = f"the simplified model does not run: {first_line(error)}"
+            return result
+        inside = Inside(self, simplified, bounds)
+        for k, name in enumerate(self.names):
+            outputs = [outputs[k] for outputs in found]
+            reason = self._judge(k, outputs, bounds, result, inside, found)
+            result.worst = max(result.worst, result.outputs[k].error)
+            if reason:
+                result.passed, result.reason = False, f"output '{name}': {reason}"
+                return result
+        for k in self.mute:
+            self._look_inside(k, inside, result)
+            if not result.passed:
+                break
         return result
 
-    def _judge(
-        self, outputs_of: list[list[np.ndarray]], result: Verification, rounding: float
-    ) -> None:
-        """Compare outputs, up to the first that differs, and enter the verdict into ``result``.
+    def _compared(self, output: int) -> Compared:
+        """What there is to compare of an output."""
+        arrays = [run.outputs[output] for run in self.runs]
+        found = Compared(self.names[output])
+        plain = [np.asarray(a) for a in arrays if not isinstance(a, (list, tuple))]
+        found.elements = sum(a.size for a in plain)
+        finite = [wide(a)[np.isfinite(wide(a))] for a in plain if a.dtype.kind in "fiub"]
+        finite = [a for a in finite if a.size]
+        if finite:
+            found.low = float(min(a.min() for a in finite))
+            found.high = float(max(a.max() for a in finite))
+        first = plain[0] if plain else np.zeros(0)
+        same = np.ones(first.shape, bool)
+        for run, other in zip(self.runs[1:], plain[1:], strict=False):
+            if run.sizes == self.runs[0].sizes:
+                same &= other == first if other.shape == first.shape else False
+        found.varied = float(1 - same.mean()) if same.size else 0.0
+        return found
 
-        What counts is the original as it is or, where that differs, as onnxruntime optimises it:
-        the two can be further apart than the tolerance (quantised models, means over large maps).
-        """
-        for index, (run, outputs) in enumerate(zip(self.runs, outputs_of, strict=True)):
-            for k, (name, a, b) in enumerate(zip(self.names, run.outputs, outputs, strict=True)):
-                gap, reason = self._verdict(k, a, b, result.tolerance, rounding)
-                if reason and self._optimized is not None:
-                    other, worse = self._verdict(
-                        k, self._optimized[index][k], b, result.tolerance, rounding
-                    )
-                    gap, reason = (gap, reason) if worse else (other, "")
-                if reason and self._rounds and gap <= min(_STEPS, 2 * self._jitter[k]):
-                    reason = ""
-                result.worst = max(result.worst, gap)
-                if reason:
-                    result.passed, result.reason = False, f"output '{name}': {reason}"
-                    return
+    def _judge(
+        self,
+        output: int,
+        outputs: list[np.ndarray],
+        bounds: Bounds,
+        result: Verification,
+        inside: Inside,
+        found: list[list[np.ndarray]],
+    ) -> str:
+        """Why an output is not right, or nothing; what was found goes into ``result``."""
+        name, compared = self.names[output], result.outputs[output]
+        for index, (run, b) in enumerate(zip(self.runs, outputs, strict=True)):
+            a = run.outputs[output]
+            gap, reason = self._verdict(output, a, b, bounds)
+            if reason and self._optimized is not None:
+                # The two can be further apart than the tolerance (means over large maps).
+                other, still = self._verdict(output, self._optimized[index][output], b, bounds)
+                gap, reason = (gap, reason) if still else (other, "")
+            if not reason:
+                compared.error = max(compared.error, gap.error)
+                continue
+            if self._same_rows(output, index, found, bounds):
+                result.notes.append(
+                    f"output '{name}' was compared as a set of rows: near-ties may come in "
+                    "another order"
+                )
+                continue
+            widened = self._widened(output, index, b, gap, bounds)
+            if widened is None:
+                compared.error = max(compared.error, gap.error)
+                return reason
+            compared.inside, different = inside.differs_before(name)
+            if different:
+                return different
+            compared.error = max(compared.error, min(gap.error, bounds.tolerance))
+            note = (
+                f"the bound of output '{name}' was widened to {widened:.1e} of its magnitude: "
+                "rounding moves it as much in the original"
+            )
+            if note not in result.notes:
+                result.notes.append(note)
+        return ""
 
     def _verdict(
-        self, output: int, a: np.ndarray, b: np.ndarray, tolerance: float, rounding: float
-    ) -> tuple[float, str]:
-        """The relative error of an output, and why that is too much, if it is."""
-        gap, reason = difference(a, b, self._ties)
-        if not gap <= tolerance:
-            reason = reason or f"differs by {gap:.2g} of its magnitude"
-        elif gap > rounding and gap > max(
-            self._signal(output) * _NOISE, self._rounding(output) * _MARGIN
+        self, output: int, a: np.ndarray, b: np.ndarray, bounds: Bounds
+    ) -> tuple[Gap, str]:
+        """The error of an output, and why that is too much, if it is."""
+        gap = compare(a, b, columns=bounds.exact)
+        if gap.error > 0 and not gap.error <= bounds.tolerance and self.ties(self.names[output]):
+            gap = compare(a, b, ties=True, columns=bounds.exact)
+        reason = ""
+        if not gap.error <= bounds.tolerance:
+            reason = gap.reason or f"differs by {gap.error:.2g} of its magnitude"
+        elif gap.whole > bounds.rounding and gap.whole > max(
+            self._signal(output) * _SHARE, self._noise(output) * _MARGIN
         ):
-            reason = f"differs by {gap:.2g}, as much as between different inputs"
+            reason = f"differs by {gap.whole:.2g}, as much as between different inputs"
         return gap, reason
+
+    def ties(self, name: str) -> bool:
+        """Whether operators in front of a tensor jump."""
+        if name not in self._ties:
+            self._ties[name] = self.trace.jumps(name)
+        return self._ties[name]
+
+    def _widened(
+        self, output: int, index: int, b: object, gap: Gap, bounds: Bounds
+    ) -> float | None:
+        """The relative error that rounding excuses, if that is enough to excuse this one."""
+        a: object = self.runs[index].outputs[output]
+        if isinstance(a, (list, tuple)) or gap.reason or not bounds.exact:
+            return self._flips(output, index, gap) if gap.flips else None
+        array = wide(np.asarray(a))
+        sizes = magnitudes(array)
+        step = self.trace.step(self.names[output]) * 2 * float(np.finfo(np.float32).eps)
+        if self._rounds:
+            moved = np.minimum(2 * self._moved(output, index), _STEPS * np.abs(array).max())
+        else:
+            moved = _WIDER * self._moved(output, index)
+        allowed = np.maximum(moved + step, bounds.tolerance * sizes)
+        with np.errstate(invalid="ignore"):
+            gaps = np.nan_to_num(np.abs(array - wide(np.asarray(b))), nan=0.0)
+        if (gaps > allowed).any():
+            return None
+        return float((allowed / sizes).max())
+
+    def _flips(self, output: int, index: int, gap: Gap) -> float | None:
+        """The share of integers that may differ, if that is enough: that of the original's own."""
+        if not self.ties(self.names[output]):
+            return None
+        array = self.runs[index].outputs[output]
+        share = 2 * max(compare(array, other[output]).flips for other in self._others(index))
+        return share if gap.flips <= share else None
+
+    def _others(self, index: int) -> list[list[np.ndarray]]:
+        """Outputs of the original for inputs that differ from those of a run by rounding.
+
+        Those of the same inputs with onnxruntime's optimisations come last.
+        """
+        if index not in self._rounded:
+            feeds = self.runs[index].feeds
+            session = Session(self.model)
+            self._rounded[index] = [
+                session.run(_perturbed(feeds, np.random.default_rng(seed)))
+                for seed in range(_TRIALS)
+            ]
+            if self._optimized is not None:
+                self._rounded[index].append(self._optimized[index])
+        return self._rounded[index]
+
+    def _moved(self, output: int, index: int) -> np.ndarray:
+        """How far rounding moves each column of an output of the original, in absolute terms."""
+        moved = np.zeros(())
+        for other in self._others(index):
+            found = spread(self.runs[index].outputs[output], other[output])
+            if found is not None:
+                moved = np.maximum(moved, found)
+        return moved
+
+    def _noise(self, output: int) -> float:
+        """How much an output of the original changes by mere rounding, relative."""
+        first = self.runs[0].outputs[output]
+        return max(compare(first, other[output]).whole for other in self._others(0))
+
+    def _signal(self, output: int) -> float:
+        """How much an output varies between inputs, relative to its magnitude."""
+        first, second = self.runs[0].outputs[output], self.runs[1].outputs[output]
+        return compare(first, second, columns=False).whole
+
+    def _same_rows(
+        self, output: int, index: int, found: list[list[np.ndarray]], bounds: Bounds
+    ) -> bool:
+        """Whether rows differ in their order only, or no more than the original's own do."""
+        if not self.trace.selects(self.names[output]):
+            return False
+        group = [
+            k
+            for k, name in enumerate(self.names)
+            if self.trace.selects(name) and not isinstance(self.runs[index].outputs[k], list)
+        ]
+        # Those that do not have as many rows are no part of them.
+        group = [
+            k
+            for k in group
+            if np.shape(self.runs[index].outputs[k])[:1]
+            == np.shape(self.runs[index].outputs[output])[:1]
+        ]
+        mine = [self.runs[index].outputs[k] for k in group]
+        missing = unmatched(mine, [found[index][k] for k in group], bounds.tolerance)
+        if not missing:
+            return missing == 0
+        own = [
+            unmatched(mine, [other[k] for k in group], bounds.tolerance)
+            for other in self._others(index)
+        ]
+        return missing <= 2 * max((count or 0 for count in own), default=0)
+
+    def _look_inside(self, output: int, inside: Inside, result: Verification) -> None:
+        """Compare what is in front of an output that says nothing.
+
+        Raises:
+            CannotVerifyError: there is nothing.
+        """
+        name, compared = self.names[output], result.outputs[output]
+        empty = not compared.elements
+        kind = "empty" if empty else "the same"
+        if not inside.depends_on_inputs(name):
+            # What the other model claims is that this is always so; it was, for all inputs.
+            return
+        compared.inside, reason = inside.differs(name)
+        if reason:
+            result.passed, result.reason, result.worst = False, reason, float("inf")
+        elif compared.inside:
+            result.notes.append(
+                f"output '{name}' is {kind} for all inputs that were tried: compared "
+                f"{', '.join(compared.inside[:4])} in front of it"
+            )
+        else:
+            raise CannotVerifyError(
+                f"output '{name}' is {kind} for all inputs that were tried, which proves nothing: "
+                "give input data for which it is not"
+            )
 
     def _deployed(self, simplified: Model) -> list[list[np.ndarray]]:
         """Outputs for all inputs, optimised by onnxruntime unless that breaks the original too."""
@@ -330,81 +400,140 @@ class Reference:
         except Exception:
             return None
 
-    def _rounding(self, output: int) -> float:
-        """How much an output of the original changes by mere rounding, relative."""
-        if self._noise is None:
-            first = self.runs[0]
-            feeds = _perturbed(first.feeds, np.random.default_rng(0))
-            others = [Session(self.model).run(feeds)]
-            if self._optimized is not None:
-                others.append(self._optimized[0])
-            self._noise = [
-                max(difference(a, o[k])[0] for o in others) for k, a in enumerate(first.outputs)
-            ]
-        return self._noise[output]
+
+class Inside:
+    """Compares tensors in front of outputs that both graphs have by one name.
+
+    A tensor that exists in the result keeps its name as long as it has its value; what has other
+    channels has another shape, and is passed over.
+    """
+
+    def __init__(self, judge: Judge, simplified: Model, bounds: Bounds):
+        """Compare ``simplified`` with the original of ``judge``."""
+        self._judge = judge
+        self._simplified = simplified
+        self._bounds = bounds
+        self._found: dict[tuple[str, bool], tuple[list[str], str]] = {}
 
     @cached_property
-    def _jitter(self) -> list[float]:
-        """How much each output changes where inputs change by rounding, relative.
+    def _trace(self) -> Trace:
+        return Trace(self._simplified)
 
-        In a model that rounds activations to a few bits, now and then one of them goes to the other
-        side. That is a whole step, and no error.
+    def depends_on_inputs(self, name: str) -> bool:
+        """Whether the simplified model computes an output from its inputs."""
+        return self._trace.depends_on_inputs(name)
+
+    def differs(self, name: str) -> tuple[list[str], str]:
+        """Compare what is in front of an output that says nothing.
+
+        Args:
+            name: the output.
+
+        Returns:
+            The tensors that were compared, and what differs, if anything does.
         """
-        session, worst = Session(self.model), [0.0] * len(self.names)
-        for index, run in enumerate(self.runs):
-            others = [
-                session.run(_perturbed(run.feeds, np.random.default_rng(seed)))
-                for seed in range(_TRIALS)
+        return self._walk(name, itself=True)
+
+    def differs_before(self, name: str) -> tuple[list[str], str]:
+        """As :meth:`differs`, for an output that does say something."""
+        return self._walk(name, itself=False)
+
+    def _walk(self, name: str, *, itself: bool) -> tuple[list[str], str]:
+        if (name, itself) not in self._found:
+            self._found[name, itself] = self._compare(name, itself)
+        return self._found[name, itself]
+
+    def _compare(self, name: str, itself: bool) -> tuple[list[str], str]:
+        judge, trace = self._judge, self._judge.trace
+        near = self._near(name)
+        theirs = [n for n in near if self._trace.maker(n) is not None]
+        runs = judge.runs[:2] + judge.runs[2:][-1:]
+        try:
+            before = _fetch(judge.model, near, runs)
+            after = _fetch(self._simplified, theirs, runs)
+        except Exception:  # an inner tensor of a type that cannot be an output
+            return [], ""
+        compared: list[str] = []
+        waiting, seen = [name] if itself else self._sources(name), {name}
+        while waiting:
+            tensor = waiting.pop(0)
+            a, b = before.get(tensor), after.get(tensor)
+            if a is not None and b is not None and self._is_evidence(a, b):
+                gap = max(
+                    (
+                        compare(x, y, ties=trace.jumps(tensor))
+                        for x, y in zip(a, b, strict=True)
+                    ),
+                    key=lambda gap: gap.error,
+                )
+                if not gap.error <= self._bounds.tolerance and not self._is_rounding(tensor, a, b):
+                    text = gap.reason or f"differs by {gap.error:.2g} of its magnitude"
+                    return compared, f"'{tensor}' in front of output '{name}' {text}"
+                compared.append(tensor)
+                continue
+            for source in self._sources(tensor):
+                if source not in seen and source in before:
+                    seen.add(source)
+                    waiting.append(source)
+        return compared, ""
+
+    def _sources(self, name: str) -> list[str]:
+        """Tensors that the node in front of a tensor reads and that vary."""
+        trace = self._judge.trace
+        node = trace.maker(name)
+        if node is None:
+            return []
+        return [t for t in trace.reads(node) if trace.depends_on_inputs(t) and trace.maker(t)]
+
+    def _near(self, name: str) -> list[str]:
+        """Tensors in front of an output, nearest first."""
+        found, place = [name], 0
+        while place < len(found) and len(found) < _NEAR:
+            found += [t for t in self._sources(found[place]) if t not in found]
+            place += 1
+        return found[1:]
+
+    def _is_evidence(self, a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> bool:
+        """Whether a tensor is of the same shape in both, of floats, and says something."""
+        if any(isinstance(x, (list, tuple)) or isinstance(y, (list, tuple))
+               for x, y in zip(a, b, strict=True)):
+            return False
+        if any(x.shape != y.shape or x.dtype != y.dtype for x, y in zip(a, b, strict=True)):
+            return False
+        return a[0].dtype.kind in "fV" and is_informative(a[0], a[1])
+
+    def _is_rounding(
+        self, tensor: str, before: Sequence[np.ndarray], after: Sequence[np.ndarray]
+    ) -> bool:
+        """Whether rounding moves a tensor as much in the original."""
+        runs = self._judge.runs[:2]
+        try:
+            optimized = _fetch(self._judge.model, [tensor], runs, optimize=True)[tensor]
+            near = [
+                Run(_perturbed(run.feeds, np.random.default_rng(seed)), [])
+                for run in runs
+                for seed in range(2)
             ]
-            if self._optimized is not None:
-                others.append(self._optimized[index])
-            for k, a in enumerate(run.outputs):
-                worst[k] = max(worst[k], *(difference(a, o[k])[0] for o in others))
-        return worst
+            others = _fetch(self._judge.model, [tensor], near)[tensor]
+        except Exception:
+            return False
+        for k, (a, b) in enumerate(zip(before[:2], after[:2], strict=True)):
+            moved = [spread(a, o) for o in (optimized[k], *others[2 * k : 2 * k + 2])]
+            largest = max((float(m.max()) for m in moved if m is not None), default=0.0)
+            if not np.abs(wide(a) - wide(b)).max(initial=0.0) <= _WIDER * largest:
+                return False
+        return True
 
-    def _signal(self, output: int) -> float:
-        """How much an output varies between inputs, relative to its magnitude."""
-        return difference(self.runs[0].outputs[output], self.runs[1].outputs[output])[0]
 
-
-def difference(first: object, second: object, ties: bool = False) -> tuple[float, str]:
-    """Relative error between two outputs, and what is wrong if it is not a matter of numbers.
-
-    The error is ``max |a - b| / max |a|``; for integers and booleans, zero unless more than one in
-    a thousand differs.
-
-    Args:
-        first: an array, or a list of them.
-        second: what to compare with it.
-        ties: leave out a ten-thousandth of the positions, those that differ most.
-    """
-    if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)):
-        if len(first) != len(second):
-            return float("inf"), "sequences of different lengths"
-        found = [difference(a, b, ties) for a, b in zip(first, second, strict=True)]
-        return max(found, default=(0.0, ""))
-    a, b = np.asarray(first), np.asarray(second)
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return float("inf"), f"{a.dtype}{list(a.shape)} became {b.dtype}{list(b.shape)}"
-    if a.size == 0:
-        return 0.0, ""
-    if a.dtype.kind not in "fV":
-        share = float(np.mean(a != b))
-        return (0.0, "") if share <= _TIES else (float("inf"), f"{share:.1%} of elements differ")
-    wide = np.float64 if a.dtype.itemsize == 8 else np.float32
-    a, b = a.astype(wide), b.astype(wide)
-    finite = np.isfinite(a)
-    if not np.array_equal(finite, np.isfinite(b)) or not np.array_equal(
-        a[~finite], b[~finite], equal_nan=True
-    ):
-        return float("inf"), "NaN or infinity at different places"
-    if not finite.any():
-        return 0.0, ""
-    gaps = np.abs(a - b, where=finite, out=np.zeros_like(a))
-    skip = int(gaps.size * _TIES_OF_VALUES) if ties else 0
-    gap = float(np.partition(gaps, -1 - skip, axis=None)[-1 - skip] if skip else gaps.max())
-    size = float(np.max(np.abs(a), where=finite, initial=0.0))
-    return (gap / size if size > 0 else (0.0 if gap == 0 else float("inf"))), ""
+def _fetch(
+    model: Model, names: list[str], runs: Sequence[Run], *, optimize: bool = False
+) -> dict[str, list[np.ndarray]]:
+    """Values of inner tensors by name, one for each run."""
+    if not names:
+        return {}
+    session = Session(model, names, optimize=optimize)
+    values = [session.run(run.feeds, names) for run in runs]
+    return {name: [found[k] for found in values] for k, name in enumerate(names)}
 
 
 def _perturbed(feeds: Feeds, random: np.random.Generator) -> Feeds:
@@ -416,30 +545,3 @@ def _perturbed(feeds: Feeds, random: np.random.Generator) -> Feeds:
         for n, v in feeds.items()
     }
 
-
-def _is_finite(array: object) -> bool:
-    values = np.asarray(array) if not isinstance(array, (list, tuple)) else np.zeros(1)
-    return values.dtype.kind != "f" or bool(np.isfinite(values).all())
-
-
-def _fit(specs: Sequence[InputSpec], data: Mapping[str, np.ndarray]) -> Feeds:
-    """The data for each input, cast to its type."""
-    feeds = {}
-    for spec in specs:
-        if spec.name not in data:
-            raise ModelError(f"--input-data: no array for input '{spec.name}'")
-        values = np.asarray(data[spec.name])
-        if values.ndim != len(spec.dims):
-            raise ModelError(
-                f"--input-data: '{spec.name}' has {values.ndim} dimensions, not {len(spec.dims)}"
-            )
-        if not np.can_cast(values.dtype, spec.dtype, "same_kind") and not (
-            values.dtype.kind in "fiub" and spec.dtype.kind in "fiubV"
-        ):
-            raise ModelError(
-                f"--input-data: '{spec.name}' holds {values.dtype}, not {spec.dtype}"
-            )
-        if values.size == 0:
-            raise ModelError(f"--input-data: '{spec.name}' is empty: nothing could be compared")
-        feeds[spec.name] = values.astype(spec.dtype)
-    return feeds

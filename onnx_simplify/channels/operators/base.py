@@ -52,7 +52,7 @@ class Operator:
         """
         for tensor in node.inputs:
             if tensor.name in layouts.of:
-                layouts.freeze(layouts.of[tensor.name])
+                layouts.freeze(layouts.of[tensor.name], f"read by {kind(node)}")
         for tensor in node.outputs:
             if tensor.name and tensor.shape is not None:
                 layout = layouts.untracked(tensor)
@@ -151,6 +151,11 @@ class Shape(Operator):
 
 
 OPAQUE = Operator()
+
+
+def kind(node: gs.Node) -> str:
+    """What a node does: its operator, with the domain if that is not the standard one."""
+    return f"{node.op} ({node.domain})" if node.domain else str(node.op)
 
 
 def attr_ints(node: gs.Node, name: str, default: list[int]) -> list[int]:

@@ -138,19 +138,42 @@ class Elementwise(Operator):
 
 
 class Dropout(Elementwise):
-    """``Dropout`` in inference mode: the identity (https://onnx.ai/onnx/operators/onnx__Dropout.html)."""
+    """``Dropout`` in inference mode: the identity, and a mask that is true everywhere.
+
+    https://onnx.ai/onnx/operators/onnx__Dropout.html
+    """
 
     def layout(self, node: gs.Node, layouts: Layouts) -> None:
         """Channels pass through, if the node cannot be in training mode."""
         if not is_inference_dropout(node):
             raise Unsupported("may be in training mode")
+        if has_mask(node) and layouts.model.opset < 12:
+            raise Unsupported("what the mask holds was not defined before opset 12")
         super().layout(node, layouts)
+        if has_mask(node):
+            layouts.set(node.outputs[1], layouts.of[node.outputs[0].name])
+
+    def level(self, node: gs.Node, analysis: Analysis) -> Masks:
+        """Constants pass through; the mask is one."""
+        (level,) = super().level(node, analysis)
+        assert level is not None
+        mask = np.full(level.shape, UNIFORM, np.int8)
+        return [level, mask] if has_mask(node) else [level]
+
+    def need(self, node: gs.Node, analysis: Analysis, outputs: Masks) -> Masks:
+        """The mask holds nothing of the input."""
+        if outputs[0] is None:
+            return [None] * len(node.inputs)
+        return super().need(node, analysis, outputs)
+
+
+def has_mask(node: gs.Node) -> bool:
+    """Whether a ``Dropout`` has a second output, that says what it let pass."""
+    return sum(bool(t.name) for t in node.outputs) > 1
 
 
 def is_inference_dropout(node: gs.Node) -> bool:
-    """Whether a ``Dropout`` is the identity: not in training mode, its mask not asked for."""
-    if sum(bool(t.name) for t in node.outputs) > 1:
-        return False
+    """Whether a ``Dropout`` lets everything pass: it is not in training mode."""
     return not has_input(node, 2) or (
         isinstance(node.inputs[2], gs.Constant) and not node.inputs[2].values
     )

@@ -1,0 +1,382 @@
+"""Runs of the original model: inputs that it accepts, and what it makes of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import chain, islice
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnx_simplify.errors import CannotVerifyError, ModelError, first_line
+from onnx_simplify.graph.edit import label
+from onnx_simplify.graph.model import Model
+from onnx_simplify.graph.traits import OVERFLOWS
+from onnx_simplify.runtime.difference import is_informative
+from onnx_simplify.runtime.inputs import (
+    STYLES,
+    Feeds,
+    InputSpec,
+    alike,
+    candidate_sizes,
+    halved,
+    input_specs,
+    is_free,
+    make_feeds,
+    unlikely_sizes,
+    varied,
+)
+from onnx_simplify.runtime.session import Session
+from onnx_simplify.runtime.trace import Trace
+from onnx_simplify.runtime.verify import Judge, Run, Verification
+from onnx_simplify.runtime.widen import needs_widening
+
+_ATTEMPTS = 36
+# Of those sizes, so many are tried with other than random values.
+_FEW_SIZES = 4
+# So many sizes that a model accepts are tried in search of one beside which it accepts others.
+_LONELY = 4
+# Seconds that a run may take before smaller sizes are tried.
+_PATIENCE = 1.5
+# Inputs are so much larger than usual in search of what overflows; tensors looked at together.
+_LOUD = 100.0
+_FEW = 16
+# Inputs are scaled like this in search of outputs that are neither empty nor always the same.
+_SCALES = (10.0, 40.0, 0.1, 255.0, 2000.0)
+
+
+class Reference:
+    """Runs of the original model, kept to compare simplified ones with.
+
+    Attributes:
+        model: the model.
+        names: its outputs.
+        specs: its inputs.
+        runs: at least two runs of the same sizes, then runs of other sizes where any are free.
+        one_size: whether sizes are free, but no others than the first were accepted.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        input_shapes: Mapping[str, Sequence[int]] | None = None,
+        input_data: Mapping[str, np.ndarray] | None = None,
+        count: int = 2,
+    ):
+        """Find inputs that the model accepts, and run it.
+
+        Args:
+            model: the model as loaded.
+            input_shapes: sizes for inputs, by name.
+            input_data: values for the first run, by input name.
+            count: number of random inputs of the first sizes; two at least are made.
+
+        Raises:
+            ModelError: the shapes or data do not fit the model's inputs.
+            CannotVerifyError: the model does not run on any input that could be made.
+        """
+        self.model = model
+        self.specs = input_specs(model, input_shapes)
+        self.runs: list[Run] = []
+        self.one_size = False
+        session = self._open()
+        self.names = session.output_names
+        try:
+            self._run(session, input_data, max(2, count))
+        except CannotVerifyError:
+            if model.stand_in or not needs_widening(model.structure()[0]):
+                raise
+            # There may be kernels, but no way to feed them.
+            model.stand_in = True
+            session = Session(model)
+            self._run(session, input_data, max(2, count))
+        self._look_further(session)
+        if session.is_random:
+            # Noise depends on how many runs there were before.
+            session = self._open()
+            for run in self.runs:
+                run.outputs = session.run(run.feeds)
+
+    def _run(
+        self, session: Session, data: Mapping[str, np.ndarray] | None, count: int
+    ) -> None:
+        if data is not None:
+            self._run_data(session, data, count)
+        else:
+            self._run_random(session, count)
+
+    @cached_property
+    def trace(self) -> Trace:
+        """Questions about the original's nodes."""
+        return Trace(self.model)
+
+    def mute(self) -> list[int]:
+        """Outputs that say nothing of the model: empty, or the same for all inputs so far."""
+        return [
+            k
+            for k, name in enumerate(self.names)
+            if not any(
+                is_informative(self.runs[0].outputs[k], run.outputs[k])
+                for run in self.runs[1:]
+                if run.sizes == self.runs[0].sizes
+            )
+            and self.trace.depends_on_inputs(name)
+        ]
+
+    def _look_further(self, session: Session) -> None:
+        """Look for inputs for which no output is empty or the same as for others.
+
+        Detectors find nothing in noise, and what is saturated stays so. Runs that help are kept.
+        """
+        wanted = self.mute()
+        for feeds in self._other_values() if wanted else ():
+            try:
+                outputs = session.run(feeds)
+            except Exception:  # not for this model
+                continue
+            if not all(_is_finite(o) for o in outputs):
+                continue
+            self.runs.append(Run(feeds, outputs, dict(self.runs[0].sizes)))
+            still = self.mute()
+            if len(still) == len(wanted):
+                self.runs.pop()
+            wanted = still
+            if not wanted:
+                return
+
+    def overflow(self) -> str:
+        """Where ordinary or large inputs make infinity or NaN inside the original, in words.
+
+        Only operators that can make them of ordinary numbers are looked at.
+        """
+        nodes = {n.outputs[0].name: n for n in self.model.graph.nodes if _may_overflow(n)}
+        if not nodes:
+            return ""
+        try:
+            session = Session(self.model, nodes)
+            for scale, words in ((1.0, ""), (_LOUD, f" for inputs {_LOUD:g} times as large")):
+                feeds = {
+                    n: (v * scale).astype(v.dtype) if v.dtype.kind == "f" else v
+                    for n, v in self.runs[0].feeds.items()
+                }
+                for names in batched(nodes, _FEW):
+                    for name, values in zip(names, session.run(feeds, names), strict=True):
+                        if not _is_finite(values):
+                            node = nodes[name]
+                            return f"{node.op} '{label(node)}' makes infinity or NaN{words}"
+        except Exception:  # large inputs may be none
+            return ""
+        return ""
+
+    def _other_values(self) -> Iterator[Feeds]:
+        """Inputs of the first size with values of other kinds and magnitudes."""
+        first = self.runs[0].feeds
+        floats = [n for n, v in first.items() if v.dtype.kind == "f"]
+        for scale in _SCALES if floats else ():
+            for run in self.runs[:2]:
+                yield {
+                    n: (v * scale).astype(v.dtype) if n in floats else v
+                    for n, v in run.feeds.items()
+                }
+        specs = [InputSpec(s.name, s.dtype, list(first[s.name].shape)) for s in self.specs]
+        for style in STYLES[1:]:
+            yield make_feeds(self.model, specs, {}, 1, style)
+
+    @property
+    def feeds(self) -> list[Feeds]:
+        """Inputs for measuring: two of the same sizes, then those where more than batches vary."""
+        first = self.runs[0]
+        shapes = {n: v.shape[1:] for n, v in first.feeds.items()}
+        other = [
+            r.feeds
+            for r in self.runs
+            if any(v.shape[1:] != shapes[n] for n, v in r.feeds.items())
+        ]
+        return [first.feeds, self.runs[1].feeds, *other]
+
+    def _open(self) -> Session:
+        try:
+            return Session(self.model)
+        except Exception as error:
+            reason = first_line(error)
+        if needs_widening(self.model.structure()[0]):
+            self.model.stand_in = True
+            try:
+                return Session(self.model)
+            except Exception:  # the first reason is the better one
+                self.model.stand_in = False
+        raise CannotVerifyError(f"onnxruntime cannot load the original model: {reason}")
+
+    def _run_random(self, session: Session, count: int) -> None:
+        reason = ""
+        sizes = list(islice(candidate_sizes(self.specs), _ATTEMPTS))
+        attempts = [(s, STYLES[0]) for s in chain(sizes, unlikely_sizes(self.specs))]
+        attempts += [(s, style) for style in STYLES[1:] for s in sizes[:_FEW_SIZES]]
+        alone: list[list[Run]] = []
+        for size, style in attempts:
+            try:
+                self.runs = self._some(session, size, style, count)
+            except CannotVerifyError:
+                raise
+            except Exception as error:
+                reason = reason or first_line(error)
+                continue
+            if not is_free(self.specs):
+                return
+            first = self.runs[0].sizes
+            self._run_others(session, style, varied(self.specs, first, 3)[1:])
+            if len(self.runs) == count:
+                self._run_others(session, style, alike(first), most=1)
+            if len(self.runs) > count:
+                return
+            # Perhaps it is too short for anything but itself.
+            alone.append(self.runs)
+            if len(alone) == _LONELY:
+                break
+        if not alone:
+            raise CannotVerifyError(
+                "the original model runs on no input that could be made up "
+                f"({reason}): say which shapes or data it takes"
+            )
+        self.runs = alone[0]
+        self.one_size = True
+
+    def _some(
+        self, session: Session, sizes: Mapping[str, int], style: str, count: int
+    ) -> list[Run]:
+        """Run so many inputs of a size, or of a smaller one if that takes long."""
+        start = time.perf_counter()
+        first = self._once(session, sizes, 0, style)
+        while time.perf_counter() - start > _PATIENCE:
+            smaller = halved(self.specs, first.sizes)
+            start = time.perf_counter()
+            try:
+                first = self._once(session, smaller, 0, style) if smaller else first
+            except Exception:  # then it must take long
+                break
+            if not smaller:
+                break
+        return [first, *(self._once(session, first.sizes, k, style) for k in range(1, count))]
+
+    def _run_others(
+        self, session: Session, style: str, others: Sequence[dict[str, int]], most: int = 2
+    ) -> None:
+        """Run other sizes, up to so many that the model accepts."""
+        for other in others:
+            try:
+                self.runs.append(self._once(session, other, len(self.runs), style))
+            except Exception:  # this size is not for this model
+                continue
+            most -= 1
+            if not most:
+                return
+
+    def _once(self, session: Session, sizes: Mapping[str, int], seed: int, style: str) -> Run:
+        feeds = make_feeds(self.model, self.specs, sizes, seed, style)
+        outputs = session.run(feeds)
+        if not all(_is_finite(o) for o in outputs):
+            # Logarithms and roots want positive inputs.
+            positive = {
+                n: (1 / (1 + np.exp(-v.astype(np.float32)))).astype(v.dtype)
+                if v.dtype.kind == "f"
+                else v
+                for n, v in feeds.items()
+            }
+            better = session.run(positive)
+            if all(_is_finite(o) for o in better):
+                return Run(positive, better, dict(sizes))
+        return Run(feeds, outputs, dict(sizes))
+
+    def _run_data(self, session: Session, data: Mapping[str, np.ndarray], count: int) -> None:
+        feeds = _fit(self.specs, data)
+        try:
+            self.runs = [Run(feeds, session.run(feeds))]
+        except Exception as error:
+            raise ModelError(
+                f"input data: the original model rejects them: {first_line(error)}"
+            ) from error
+        shapes = {n: v.shape for n, v in feeds.items()}
+        specs = [InputSpec(s.name, s.dtype, list(shapes[s.name])) for s in self.specs]
+        for seed in range(1, count):
+            other = make_feeds(self.model, specs, {}, seed)
+            try:
+                self.runs.append(Run(other, session.run(other)))
+            except Exception:
+                other = {n: v[..., ::-1].copy() if v.ndim else v for n, v in feeds.items()}
+                try:
+                    self.runs.append(Run(other, session.run(other)))
+                except Exception:  # the values are such that no others do
+                    self.runs.append(Run(feeds, session.run(feeds)))
+
+    def compare(
+        self,
+        simplified: Model,
+        rtol: float | None = None,
+        *,
+        half: bool = False,
+        exact: bool = True,
+    ) -> Verification:
+        """Run the simplified model, optimised as in deployment, on all inputs.
+
+        Args:
+            simplified: the model to check.
+            rtol: bound on the relative error; by default 1e-4, in half precision 1e-2.
+            half: whether the model computes in half precision.
+            exact: whether both are meant to compute the same, so that an output may not be off by
+                as much as it varies between inputs either, and each column counts for itself.
+
+        Raises:
+            CannotVerifyError: an output says nothing, and there is nothing else to compare.
+        """
+        return self._judge.compare(simplified, rtol, half=half, exact=exact)
+
+    @cached_property
+    def _judge(self) -> Judge:
+        return Judge(self.model, self.names, self.runs, self.trace, self.mute())
+
+
+def _may_overflow(node: gs.Node) -> bool:
+    """Whether a node can make infinity or NaN of ordinary numbers."""
+    if node.domain or node.op not in OVERFLOWS or not node.outputs[0].name:
+        return False
+    # Divisors that are known are not zero, and small powers of ordinary numbers are ordinary.
+    return node.op not in ("Div", "Pow") or not isinstance(node.inputs[1], gs.Constant)
+
+
+def batched(names: Iterable[str], count: int) -> Iterator[list[str]]:
+    """Names in lists of so many."""
+    rest = list(names)
+    while rest:
+        yield rest[:count]
+        rest = rest[count:]
+
+
+def _is_finite(array: object) -> bool:
+    values = np.asarray(array) if not isinstance(array, (list, tuple)) else np.zeros(1)
+    return values.dtype.kind != "f" or bool(np.isfinite(values).all())
+
+
+def _fit(specs: Sequence[InputSpec], data: Mapping[str, np.ndarray]) -> Feeds:
+    """The data for each input, cast to its type."""
+    feeds = {}
+    for spec in specs:
+        if spec.name not in data:
+            raise ModelError(f"input data: no array for input '{spec.name}'")
+        values = np.asarray(data[spec.name])
+        if values.ndim != len(spec.dims):
+            raise ModelError(
+                f"input data: '{spec.name}' has {values.ndim} dimensions, not {len(spec.dims)}"
+            )
+        if not np.can_cast(values.dtype, spec.dtype, "same_kind") and not (
+            values.dtype.kind in "fiub" and spec.dtype.kind in "fiubV"
+        ):
+            raise ModelError(
+                f"input data: '{spec.name}' holds {values.dtype}, not {spec.dtype}"
+            )
+        if values.size == 0:
+            raise ModelError(f"input data: '{spec.name}' is empty: nothing could be compared")
+        feeds[spec.name] = values.astype(spec.dtype)
+    return feeds
