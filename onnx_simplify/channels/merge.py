@@ -88,10 +88,18 @@ def filled_up(groups: Sequence[np.ndarray], size: int, spare: np.ndarray) -> np.
     return np.concatenate(found)
 
 
-def is_placement(node: gs.Node, rule: Convolution) -> bool:
-    """Whether every input channel goes to one place at most, and one to each."""
+def is_placement(node: gs.Node, rule: Convolution, *, grouped: bool = False) -> bool:
+    """Whether every input channel goes to one place at most, and one to each.
+
+    Args:
+        node: a convolution.
+        rule: its rule.
+        grouped: whether it may have groups.
+    """
     groups, _, inputs = rule.dims(node)
-    if groups > 1 or inputs == 1 or rule.taps(node) > 1 or rule.spread_axes(node):
+    if groups > 1 and not grouped:
         return False
-    used = rule.used(node)[0]
-    return bool((used.sum(axis=0) <= 1).all() and (used.sum(axis=1) <= 1).all())
+    if inputs == 1 or rule.taps(node) > 1 or rule.spread_axes(node):
+        return False
+    used = rule.used(node)
+    return bool((used.sum(axis=1) <= 1).all() and (used.sum(axis=2) <= 1).all())

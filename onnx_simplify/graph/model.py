@@ -136,6 +136,11 @@ class Model:
         self._names |= self._shared
         self._names |= {t.name for t in self.graph.inputs + self.graph.outputs}
 
+    def give_up(self, name: str) -> None:
+        """Let the name of a tensor that is about to go be used again."""
+        if name not in self._reserved and name not in self._shared and name not in self.kept_names:
+            self._names.discard(name)
+
     def adopt_quantized(self) -> None:
         """Let what reads dequantised initializers read :class:`QuantizedConstant`, in place."""
         found = {
@@ -250,7 +255,7 @@ class Model:
             elif isinstance(tensor, gs.Constant):
                 found[tensor.name] = tensor
         for node in self.graph.nodes:
-            for name in self.captured(node):
+            for name in sorted(self.captured(node)):
                 if name in self._captured_constants:
                     found[name] = self._captured_constants[name]
         return found

@@ -27,15 +27,23 @@ def compress_maps(model: Model) -> None:
     editor = Editor(model)
     done: dict[str, gs.Tensor] = {}
     for node in model.graph.nodes:
-        if node.op != "Add" or node.domain:
+        if not _is_add(node):
             continue
         for index, tensor in enumerate(node.inputs):
             if not isinstance(tensor, gs.Constant) or tensor.values.nbytes < _SMALLEST:
                 continue
             if tensor.name not in done:
+                if all(_is_add(user) for user, _ in editor.readers[tensor.name]):
+                    # Nobody reads it any more: what is computed instead may have its name, so that
+                    # a second run names it alike.
+                    model.give_up(tensor.name)
                 done[tensor.name] = _compressed(model, editor, node, tensor)
             set_input(node, index, done[tensor.name])
     editor.finish()
+
+
+def _is_add(node: gs.Node) -> bool:
+    return node.op == "Add" and not node.domain
 
 
 def _compressed(model: Model, editor: Editor, node: gs.Node, tensor: gs.Constant) -> gs.Tensor:

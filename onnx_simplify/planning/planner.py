@@ -9,7 +9,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.analysis import Analysis
-from onnx_simplify.channels.merge import Merger
+from onnx_simplify.channels.merge import Merger, is_placement
 from onnx_simplify.channels.operators.linear import Convolution
 from onnx_simplify.channels.operators.structural import Concat
 from onnx_simplify.planning.costs import Layer, convolution, rounded
@@ -96,9 +96,18 @@ class Planner:
         if multiple < 2 or not isinstance(rule, Convolution) or analysis.node_dead(node, alive):
             return False
         groups, *sizes = rule.dims(node)
-        if groups > 1 and sizes != [1, 1]:
-            return False
         labels = analysis.layouts.of[node.outputs[0].name].ravel()
+        if groups > 1 and sizes != [1, 1]:
+            if not is_placement(node, rule, grouped=True):
+                return False
+            # It was made with groups of whole blocks, for a sum that has them.
+            parts = labels.reshape(groups, -1)
+            widest = int(alive[parts].sum(axis=1).max())
+            changed = False
+            for part in parts[alive[parts].any(axis=1)]:
+                missing = rounded(widest, multiple) - int(alive[part].sum())
+                changed |= _revive(part, missing, alive)
+            return changed
         count = int(alive[labels].sum())
         missing = -count % multiple
         block = self.profile.block

@@ -50,7 +50,7 @@ class Trace:
         """Names of the tensors whose values a node reads, bodies included."""
         if node.op not in SIZES or node.domain:
             yield from (t.name for t in node.inputs if t.name)
-            yield from self.model.captured(node)
+            yield from sorted(self.model.captured(node))
 
     def maker(self, name: str) -> gs.Node | None:
         """The node that makes a tensor."""
