@@ -10,6 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from onnx_simplify.channels.analysis import Analysis
+from onnx_simplify.channels.values import VARYING
 from onnx_simplify.errors import CannotVerifyError, SimplifyError, VerificationError
 from onnx_simplify.graph.edit import label
 from onnx_simplify.graph.model import Model
@@ -207,7 +208,8 @@ class _Task:
             return
         self.step("verifying")
         found = report.verification = self.reference.compare(
-            model, options.rtol, half=is_half(self.original), exact=not options.threshold
+            model, options.rtol, half=is_half(self.original),
+            exact=not options.threshold, constant=report.constant_outputs,
         )
         if not found.passed:
             advice = " (lower --threshold or raise --rtol)" if options.threshold else ""
@@ -348,6 +350,11 @@ def simplify_in_place(
         if analysis.level:
             counts = stays(analysis, absorbing="propagate_bias" not in options.skip)
             report.held_back = held_back(counts)
+            report.constant_outputs = [
+                t.name
+                for t in model.graph.outputs
+                if t.name in analysis.level and (analysis.level[t.name] > VARYING).all()
+            ]
             for key, layer in before.items():
                 layer.stays = dict(counts.get(key, {}))
             report.ideal_macs = ideal_macs(analysis, report.input_shapes, before)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import chain, islice
 
@@ -318,6 +318,7 @@ class Reference:
         *,
         half: bool = False,
         exact: bool = True,
+        constant: Collection[str] = (),
     ) -> Verification:
         """Run the simplified model, optimised as in deployment, on all inputs.
 
@@ -327,11 +328,12 @@ class Reference:
             half: whether the model computes in half precision.
             exact: whether both are meant to compute the same, so that an output may not be off by
                 as much as it varies between inputs either, and each column counts for itself.
+            constant: outputs that are known to be constant.
 
         Raises:
             CannotVerifyError: an output says nothing, and there is nothing else to compare.
         """
-        return self._judge.compare(simplified, rtol, half=half, exact=exact)
+        return self._judge.compare(simplified, rtol, half=half, exact=exact, constant=constant)
 
     @cached_property
     def _judge(self) -> Judge:
