@@ -183,7 +183,7 @@ def _run(arguments: argparse.Namespace) -> int:
     width = shutil.get_terminal_size((100, 24)).columns
     console = Console(file=text, quiet=arguments.quiet, highlight=False, width=width)
     if arguments.output is not None and not arguments.inspect:
-        check_writable(arguments.output)
+        check_writable(arguments.output, external=arguments.save_external_data)
     if arguments.json is not None:
         check_writable(arguments.json)
         for other in (arguments.input, arguments.output):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import hashlib
 import os
 import shutil
 import tempfile
@@ -38,8 +39,8 @@ except ImportError:  # Windows: no locks, and what a dead process leaves stays
 _ALIGNMENT = 4096
 # Names beside that of the output contain it.
 _MARK = "onnx-simplify"
-# The file system allows 255 bytes; a data file's name has so many more.
-_LONGEST_NAME = 255 - len(f".{_MARK}-12345678.data")
+# So many bytes may a name have, as file systems go.
+_LONGEST_NAME = 255
 # Seconds to wait for others that move files about.
 _PATIENCE = 10.0
 
@@ -62,7 +63,7 @@ def save(model: Model, path: str | os.PathLike[str], *, external: bool = False) 
     Raises:
         ModelError: the file cannot be written.
     """
-    path = Path(os.path.realpath(path))
+    path = _real(path)
     proto, large = model.structure()
     external = external or not fits_message(model)
     try:
@@ -84,13 +85,17 @@ def save(model: Model, path: str | os.PathLike[str], *, external: bool = False) 
         raise ModelError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def check_writable(path: str | os.PathLike[str]) -> None:
+def check_writable(path: str | os.PathLike[str], *, external: bool = False) -> None:
     """Complain now rather than after all the work.
+
+    Args:
+        path: the file that will be written.
+        external: whether there will be a data file beside it.
 
     Raises:
         ModelError: the folder is missing or cannot be written, or the path is a folder.
     """
-    path = Path(os.path.realpath(path))
+    path = _real(path)
     try:
         if path.is_dir():
             raise ModelError(f"{path} is a folder: name the output file")
@@ -100,8 +105,8 @@ def check_writable(path: str | os.PathLike[str]) -> None:
             raise ModelError(f"folder {path.parent} does not exist")
         if not os.access(path.parent, os.W_OK):
             raise ModelError(f"folder {path.parent} cannot be written")
-        if len(os.fsencode(path.name)) > _LONGEST_NAME:
-            raise ModelError(f"the name of the output file is too long: {path.name[:40]}...")
+        if external:
+            _data_path(path)
     except OSError as error:
         raise ModelError(f"{path} cannot be written: {error.strerror or error}") from error
 
@@ -112,7 +117,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     Raises:
         ModelError: the file cannot be written.
     """
-    path = Path(os.path.realpath(path))
+    path = _real(path)
     try:
         with _workspace(path) as folder:
             new = folder / path.name
@@ -126,6 +131,51 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def serialized_size(model: Model) -> int:
     """Size in bytes of the model as a single file."""
     return sum(memoryview(piece).nbytes for piece in _pieces(*model.structure()))
+
+
+def _real(path: str | os.PathLike[str]) -> Path:
+    """The path behind symbolic links, of a file that need not exist.
+
+    Raises:
+        ModelError: it can only be a folder's, or its links lead nowhere.
+    """
+    name = os.fspath(path)
+    if name and os.path.basename(name) in ("", os.curdir, os.pardir):
+        raise ModelError(f"{name} is a folder: name the output file")
+    try:
+        os.stat(name)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ModelError(f"{name} cannot be written: its links lead in a circle") from error
+    except ValueError as error:
+        raise ModelError(f"{name!r} is no name of a file") from error
+    return Path(os.path.realpath(name))
+
+
+def _data_path(path: Path) -> Path:
+    """Where the external data of a model belong.
+
+    Raises:
+        ModelError: no file can have that name, or no model can refer to it.
+    """
+    name = f"{path.name}.data"
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        raise ModelError(f"{path.name[:40]}...: the name is too long for a data file beside it")
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise ModelError(f"{name!r}, the data file, would not be Unicode: rename it") from error
+    return path.with_name(name)
+
+
+def _data_prefix(path: Path) -> str:
+    """What the names of data files begin with that are not at their place yet."""
+    name, tail = path.name, f".{_MARK}-"
+    room = _LONGEST_NAME - len(f"{tail}12345678.data")
+    if len(os.fsencode(name)) > room:
+        digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
+        name = os.fsencode(name)[: room - len(digest)].decode("utf-8", "ignore") + digest
+    return f"{name}{tail}"
 
 
 @contextmanager
@@ -223,7 +273,7 @@ def _replace_pair(
     Returns:
         The size of the model without its data.
     """
-    final = path.with_name(f"{path.name}.data")
+    final = _data_path(path)
     new = data.with_name(path.name)
     if final.is_dir():
         raise IsADirectoryError(errno.EISDIR, f"{final.name} is a folder")
@@ -233,7 +283,7 @@ def _replace_pair(
     _keep_mode(path, new)
     _keep_mode(final, data)
     if final.exists():
-        own = path.with_name(f"{path.name}.{_MARK}-{data.parent.name[-8:]}.data")
+        own = path.with_name(f"{_data_prefix(path)}{data.parent.name[-8:]}.data")
         first = data.with_name("first")
         _write(first, [_naming(proto, places, own.name)])
         _keep_mode(path, first)
@@ -252,7 +302,7 @@ def _replace_pair(
 
 def _drop_leftovers(path: Path) -> None:
     """Remove data files with names of their own, to which no model refers any more."""
-    for old in path.parent.glob(f"{glob.escape(path.name)}.{_MARK}-*.data"):
+    for old in path.parent.glob(f"{glob.escape(_data_prefix(path))}*.data"):
         with suppress(OSError):
             old.unlink()
 
