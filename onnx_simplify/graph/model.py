@@ -123,6 +123,8 @@ class Model:
         self.disputed: frozenset[str] = frozenset()
         self.files: list[Path] = []
         self.source_bytes: int | None = None
+        # What training information, if there is any, refers to.
+        self._trained = dict(arrays) if proto.training_info else {}
 
     @property
     def opset(self) -> int:
@@ -278,18 +280,35 @@ class Model:
         other.stand_in = self.stand_in
         other.keep_shared = self.keep_shared
         other.disputed = self.disputed
+        other._trained = self._trained
         return other
+
+    def training_is_stale(self) -> bool:
+        """Whether there is training information about weights that are gone or have changed."""
+        constants = self.initializers() if self._trained else {}
+        for name, values in self._trained.items():
+            if name in constants:
+                found = constants[name].values
+                if found is not values and not np.array_equal(found, values):
+                    return True
+            elif name not in self.overridable:
+                return True
+        return False
 
     def structure(
         self, extra_outputs: Iterable[str] = ()
     ) -> tuple[ModelProto, dict[str, gs.Constant]]:
         """The model as a message in which large initializers have a type but no data.
 
+        Training information that is stale is left out.
+
         Returns:
             The message, with large initializers marked as external data, and these by name.
         """
         proto = ModelProto()
         proto.CopyFrom(self.template)
+        if self.training_is_stale():
+            proto.ClearField("training_info")
         graph = proto.graph
         large: dict[str, gs.Constant] = {}
         dequantized: set[str] = set()
