@@ -24,6 +24,7 @@ from onnx_simplify import pipeline
 from onnx_simplify.errors import CannotVerifyError, ModelError, SimplifyError, first_line
 from onnx_simplify.graph.model import load
 from onnx_simplify.graph.store import check_writable, save, write_text
+from onnx_simplify.isolation import Stage, enter, interrupted
 from onnx_simplify.pipeline import PASSES, Options
 from onnx_simplify.planning.profiles import PROFILES
 from onnx_simplify.report import Report
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
     except SimplifyError as error:
         return _complain(str(error), error.exit_code)
     except KeyboardInterrupt:
-        return _complain("interrupted, nothing written", 2)
+        return interrupted()
     except MemoryError:
         return _complain("out of memory, nothing written", 2)
     except Exception as error:
@@ -219,12 +220,20 @@ def _run(arguments: argparse.Namespace) -> int:
             progress("writing")
             beside = f"{os.path.realpath(arguments.output)}.data"
             before = os.stat(beside).st_ino if os.path.exists(beside) else None
-            size = save(model, arguments.output, external=arguments.save_external_data)
+            enter(Stage.WRITING)
+            size = save(
+                model,
+                arguments.output,
+                external=arguments.save_external_data,
+                complete=lambda: enter(Stage.FINISHING),
+            )
             report.after.bytes = size
             if before is not None and os.path.exists(beside) and os.stat(beside).st_ino == before:
                 report.notes.append(f"{beside} is as it was: the new model does not need it")
+    enter(Stage.FINISHING)
     if arguments.json is not None:
         _write_json(report, arguments)
+    enter(Stage.PRINTING)
     if arguments.inspect:
         _print_layers(console, report)
     else:

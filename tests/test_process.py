@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import onnx_simplify
 from build import assert_same_function, random_feeds, small_cnn
 from onnx_simplify.errors import ModelError
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # Streams.
 
@@ -67,3 +75,184 @@ def external(folder: Path) -> bytes:
 def test_pipe_with_external_data(pipe, tmp_path):
     with pytest.raises(ModelError, match="beside the model: pass the model's path"):
         onnx_simplify.simplify(pipe(external(tmp_path)))
+
+
+# Signals.
+
+INTERRUPTED = "onnx-simplify: interrupted, nothing written\n"
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is one process")
+
+
+def endless() -> ModelProto:
+    """A network that onnxruntime runs for longer than anyone waits."""
+    body = helper.make_graph(
+        [helper.make_node("Identity", [a], [b]) for a, b in (("go", "more"), ("in", "out"))],
+        "body",
+        [
+            helper.make_tensor_value_info("k", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("in", TensorProto.FLOAT, [4]),
+        ],
+        [
+            helper.make_tensor_value_info("more", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("out", TensorProto.FLOAT, [4]),
+        ],
+    )
+    graph = helper.make_graph(
+        [helper.make_node("Loop", ["", "true", "x"], ["y"], body=body)],
+        "endless",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [4])],
+        [numpy_helper.from_array(np.array(True), "true")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+
+
+def start(*command: object, **options) -> subprocess.Popen[str]:
+    """Python in a process group of its own, as a terminal starts it."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+        **options,
+    )
+
+
+def parent(process: subprocess.Popen) -> None:
+    """Interrupt the process alone, as ``kill -INT`` does."""
+    process.send_signal(signal.SIGINT)
+
+
+def terminal(process: subprocess.Popen) -> None:
+    """Interrupt the process and its child, as Ctrl-C does."""
+    os.killpg(process.pid, signal.SIGINT)
+
+
+def impatient(process: subprocess.Popen) -> None:
+    for _ in range(5):
+        terminal(process)
+        time.sleep(0.1)
+
+
+def children(process: subprocess.Popen) -> list[str]:
+    return Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+
+
+@on_linux
+@pytest.mark.parametrize("send", [parent, terminal])
+def test_interrupt_of_native_code(tmp_path, send):
+    """It does not hear of it."""
+    onnx.save(endless(), tmp_path / "in.onnx")
+    process = start("-m", "onnx_simplify", tmp_path / "in.onnx", tmp_path / "out.onnx")
+    time.sleep(2)
+    work = children(process)
+    assert work
+    begun = time.monotonic()
+    send(process)
+    out, err = process.communicate(timeout=20)
+    assert time.monotonic() - begun < 8
+    assert (process.returncode, out, err) == (2, "", INTERRUPTED)
+    assert os.listdir(tmp_path) == ["in.onnx"]
+    assert not Path("/proc", *work).exists()
+
+
+# The command line; it says when it has begun.
+STARTED = """
+import sys, onnx_simplify.__main__
+try:
+    print("begun", flush=True)
+    sys.exit(onnx_simplify.__main__.main())
+except KeyboardInterrupt:
+    sys.exit(onnx_simplify.__main__.interrupted())
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize("send", [parent, terminal])
+def test_interrupt_at_any_time(tmp_path, sample, send):
+    """From the first imports on: one line, or all is written."""
+    out = tmp_path / "out.onnx"
+    codes = set()
+    for k in range(8):
+        out.write_bytes(b"old")
+        process = start("-c", STARTED, sample, out)
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(0.15 * k)
+        send(process)
+        _, err = process.communicate(timeout=20)
+        if process.returncode == 2:
+            assert err == INTERRUPTED
+            assert out.read_bytes() == b"old"
+        else:
+            assert process.returncode in (0, -signal.SIGINT) and err == ""
+            assert onnx.load(out).graph.node
+        codes.add(process.returncode)
+        assert os.listdir(tmp_path) == ["out.onnx"]
+    assert 2 in codes
+
+
+
+
+def in_isolation(work: str) -> subprocess.Popen[str]:
+    """Python that has printed a line in the midst of isolated work, and then does this."""
+    lines = "\n    ".join(["enter(Stage.WORKING)", "print(os.getpid(), flush=True)", work])
+    return start(
+        "-c",
+        "import os, signal, sys, time\n"
+        "from onnx_simplify.isolation import Stage, enter, interrupted, isolated\n"
+        f"def work():\n    {lines}\n    return 0\n"
+        "try:\n    sys.exit(isolated(work))\n"
+        "except KeyboardInterrupt:\n    sys.exit(interrupted())",
+    )
+
+
+@on_linux
+@pytest.mark.parametrize("send", [parent, impatient])
+@pytest.mark.parametrize(
+    "work, code, err",
+    [
+        ("time.sleep(30)", 2, INTERRUPTED),
+        ("enter(Stage.STARTING); time.sleep(30)", 2, INTERRUPTED),
+        ("enter(Stage.WRITING); time.sleep(30)", 2, INTERRUPTED),
+        ("enter(Stage.FINISHING); time.sleep(2.5)", 0, ""),
+        ("enter(Stage.PRINTING); time.sleep(30)", -signal.SIGINT, ""),
+        # What was begun is cleaned up, however often the interrupt comes.
+        (
+            "\n    try: time.sleep(30)\n    finally: time.sleep(1); print('cleaned', flush=True)",
+            2,
+            INTERRUPTED,
+        ),
+        # Work that swallows the interrupt, and writing that takes its time.
+        ("\n    try: time.sleep(30)\n    except: time.sleep(30)", 2, INTERRUPTED),
+        (
+            "enter(Stage.WRITING)\n    try: time.sleep(30)\n"
+            "    finally: time.sleep(2.5); print('cleaned', flush=True)",
+            2,
+            INTERRUPTED,
+        ),
+    ],
+    ids="working starting writing finishing printing cleaning deaf slow".split(),
+)
+def test_what_an_interrupt_does(send, work, code, err):
+    process = in_isolation(work)
+    assert process.stdout is not None
+    child = process.stdout.readline().strip()
+    time.sleep(0.2)
+    begun = time.monotonic()
+    send(process)
+    out, found = process.communicate(timeout=20)
+    assert time.monotonic() - begun < 8
+    assert (process.returncode, found) == (code, err)
+    assert out == ("cleaned\n" if "cleaned" in work else "")
+    assert not Path("/proc", child).exists()
+
+
+@on_linux
+def test_interrupt_of_the_work_alone():
+    process = in_isolation("os.kill(os.getpid(), signal.SIGINT)")
+    _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (2, INTERRUPTED)

@@ -17,7 +17,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -48,7 +48,13 @@ Places = dict[str, tuple[int, int]]
 """Offset and length of each tensor in a data file."""
 
 
-def save(model: Model, path: str | os.PathLike[str], *, external: bool = False) -> int:
+def save(
+    model: Model,
+    path: str | os.PathLike[str],
+    *,
+    external: bool = False,
+    complete: Callable[[], None] = lambda: None,
+) -> int:
     """Write a model; an existing file is replaced by the complete new one or not at all.
 
     Args:
@@ -56,6 +62,7 @@ def save(model: Model, path: str | os.PathLike[str], *, external: bool = False) 
         path: the file.
         external: put large weights into ``<name>.data`` beside it; also done when the model would
             exceed protobuf's 2 GiB.
+        complete: called when everything is written and has only to be moved to its place.
 
     Returns:
         Number of bytes written.
@@ -73,11 +80,12 @@ def save(model: Model, path: str | os.PathLike[str], *, external: bool = False) 
                 places = _write_data(proto, large, data)
                 size = data.stat().st_size
                 with _locked(path.parent):
-                    return size + _replace_pair(model, path, data, proto, places)
+                    return size + _replace_pair(model, path, data, proto, places, complete)
             new = folder / path.name
             size = _write(new, _pieces(proto, large))
             _keep_mode(path, new)
             with _locked(path.parent):
+                complete()
                 os.replace(new, path)
                 _drop_leftovers(path)
             return size
@@ -254,7 +262,12 @@ def _sync(file: BinaryIO) -> None:
 
 
 def _replace_pair(
-    model: Model, path: Path, data: Path, proto: ModelProto, places: Places
+    model: Model,
+    path: Path,
+    data: Path,
+    proto: ModelProto,
+    places: Places,
+    complete: Callable[[], None],
 ) -> int:
     """Move a model and its data to their places; the folder must be locked.
 
@@ -269,6 +282,7 @@ def _replace_pair(
         data: the complete data file.
         proto: the model's message.
         places: where its tensors are in the data file.
+        complete: called before the first of both is moved.
 
     Returns:
         The size of the model without its data.
@@ -287,6 +301,7 @@ def _replace_pair(
         first = data.with_name("first")
         _write(first, [_naming(proto, places, own.name)])
         _keep_mode(path, first)
+        complete()
         os.replace(data, own)
         os.replace(first, path)
         try:
@@ -294,6 +309,7 @@ def _replace_pair(
         except OSError:  # a file system without links: the name of its own has to do
             final.unlink()
             return size
+    complete()
     os.replace(data, final)
     os.replace(new, path)
     _drop_leftovers(path)
