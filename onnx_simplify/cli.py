@@ -12,7 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import numpy as np
 from rich import box
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from onnx_simplify import pipeline
+from onnx_simplify import pipeline, streams
 from onnx_simplify.errors import CannotVerifyError, ModelError, SimplifyError, first_line
 from onnx_simplify.graph.model import load
 from onnx_simplify.graph.store import check_writable, save, write_text
@@ -95,8 +95,9 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("input", metavar="IN", help="the model")
-    add("output", metavar="OUT", nargs="?", help="where to write the result; may be IN")
+    add("input", metavar="IN", help="the model; - is the standard input")
+    add("output", metavar="OUT", nargs="?",
+        help="where to write the result; may be IN; - is the standard output")
     add("--pin", metavar="NAME", action="append", default=[],
         help="tensor, node or initializer whose channels must stay (repeatable)")
     add("--skip", metavar="PASS", action="append", default=[], choices=PASSES,
@@ -131,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
         "on --input-data")
     add("--inspect", action="store_true",
         help="report per layer what is dead, constant and removable; write nothing")
-    add("--json", metavar="FILE", help="write the whole report as JSON")
+    add("--json", metavar="FILE", help="write the whole report as JSON (-: standard output)")
     add("--save-external-data", action="store_true",
         help="write large weights to OUT.data")
     add("--quiet", action="store_true", help="print nothing but errors")
@@ -183,17 +184,14 @@ def _run(arguments: argparse.Namespace) -> int:
     text = io.StringIO()
     width = shutil.get_terminal_size((100, 24)).columns
     console = Console(file=text, quiet=arguments.quiet, highlight=False, width=width)
-    if arguments.output is not None and not arguments.inspect:
-        check_writable(arguments.output, external=arguments.save_external_data)
-    if arguments.json is not None:
-        check_writable(arguments.json)
-        for other in (arguments.input, arguments.output):
-            if other is not None and os.path.realpath(other) == os.path.realpath(arguments.json):
-                raise ModelError(f"--json: {arguments.json} is the model: name another file")
+    _check_places(arguments)
+    streamed = not arguments.inspect and streams.is_output(arguments.output)
     if arguments.auto_threshold is not None and arguments.input_data is None:
         raise ModelError("--auto-threshold needs --input-data: random inputs say little")
     data = None if arguments.input_data is None else _read_data(arguments.input_data)
-    original = load(arguments.input)
+    original = load(
+        streams.read_input() if streams.is_input(arguments.input) else arguments.input
+    )
     with _progress(arguments.quiet) as progress:
         options = Options(
             pinned=arguments.pin,
@@ -216,7 +214,7 @@ def _run(arguments: argparse.Namespace) -> int:
             model, report = pipeline.run(original, options)
         except CannotVerifyError as error:
             raise CannotVerifyError(f"{error} (or --no-verify)") from error
-        if not arguments.inspect:
+        if not arguments.inspect and not streamed:
             progress("writing")
             beside = f"{os.path.realpath(arguments.output)}.data"
             before = os.stat(beside).st_ino if os.path.exists(beside) else None
@@ -230,34 +228,49 @@ def _run(arguments: argparse.Namespace) -> int:
             report.after.bytes = size
             if before is not None and os.path.exists(beside) and os.stat(beside).st_ino == before:
                 report.notes.append(f"{beside} is as it was: the new model does not need it")
-    enter(Stage.FINISHING)
+    if streamed:
+        report.after.bytes = streams.write_model(model)
     if arguments.json is not None:
         _write_json(report, arguments)
-    enter(Stage.PRINTING)
     if arguments.inspect:
         _print_layers(console, report)
     else:
         _print_summary(console, report)
     if arguments.verbose or arguments.inspect:
         _print_opaque(console, report)
-    _emit(text.getvalue(), written=not arguments.inspect)
+    taken = streamed or streams.is_output(arguments.json)
+    _show(text.getvalue(), arguments, sys.stderr if taken else sys.stdout)
     return 0
 
 
-def _emit(text: str, *, written: bool) -> None:
-    """Write to the standard output, whatever it can show."""
-    if sys.stdout is None:  # closed
-        return
-    encoding = sys.stdout.encoding or "utf-8"
+def _check_places(arguments: argparse.Namespace) -> None:
+    """Complain about where to write before all the work.
+
+    Raises:
+        ModelError: something cannot be written there.
+    """
+    model = None if arguments.inspect else arguments.output
+    if streams.is_output(model):
+        if streams.is_output(arguments.json):
+            raise ModelError("OUT and --json cannot both be the standard output: name a file")
+        if arguments.save_external_data:
+            raise ModelError("--save-external-data needs an output file, not the standard output")
+        streams.check_output()
+    elif model is not None:
+        check_writable(model, external=arguments.save_external_data)
+    if arguments.json is not None and not streams.is_output(arguments.json):
+        check_writable(arguments.json)
+        for other in (arguments.input, arguments.output):
+            if other is not None and os.path.realpath(other) == os.path.realpath(arguments.json):
+                raise ModelError(f"--json: {arguments.json} is the model: name another file")
+
+
+def _show(text: str, arguments: argparse.Namespace, stream: TextIO | None) -> None:
+    """Print a report."""
     try:
-        sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader has seen enough.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        streams.show(text, stream)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        what = "the model was written, but " if written else ""
+        what = "" if arguments.inspect else "the model was written, but "
         raise ModelError(
             f"{what}the report cannot be printed: {error.strerror or error}"
         ) from error
@@ -292,7 +305,12 @@ def _write_json(report: Report, arguments: argparse.Namespace) -> None:
         "output": None if arguments.inspect else arguments.output,
         **report.to_dict(),
     }
-    write_text(arguments.json, json.dumps(content, indent=2) + "\n")
+    text = json.dumps(content, indent=2) + "\n"
+    if streams.is_output(arguments.json):
+        _show(text, arguments, sys.stdout)
+    else:
+        enter(Stage.FINISHING)
+        write_text(arguments.json, text)
 
 
 def _print_summary(console: Console, report: Report) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import json
 import os
 import signal
 import subprocess
@@ -18,6 +21,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import onnx_simplify
 from build import assert_same_function, random_feeds, small_cnn
+from onnx_simplify import streams
 from onnx_simplify.errors import ModelError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,6 +81,131 @@ def test_pipe_with_external_data(pipe, tmp_path):
         onnx_simplify.simplify(pipe(external(tmp_path)))
 
 
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], None]:
+    """Let the standard input hold something."""
+
+    def give(content: bytes) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+    return give
+
+
+def piped(*arguments: object, content: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, "-m", "onnx_simplify", *map(str, arguments)],
+        input=content,
+        capture_output=True,
+        timeout=60,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
+
+
+@pytest.mark.parametrize("source", ["-", "/dev/stdin"])
+@pytest.mark.parametrize("target", ["-", "/dev/stdout"])
+def test_from_stream_to_stream(model, tmp_path, source, target):
+    report = tmp_path / "report.json"
+    done = piped(source, target, "--json", report, content=model.SerializeToString())
+    assert done.returncode == 0
+    found = ModelProto.FromString(done.stdout)
+    assert_same_function(model, found, random_feeds(model))
+    assert b"verified on" in done.stderr and b"parameters" in done.stderr
+    assert json.loads(report.read_text())["after"]["bytes"] == len(done.stdout)
+    assert os.listdir(tmp_path) == ["report.json"]
+    done = piped(source, target, "--quiet", content=done.stdout)
+    assert done.returncode == 0 and done.stderr == b""
+    assert_same_function(model, ModelProto.FromString(done.stdout), random_feeds(model))
+
+
+@pytest.mark.parametrize("options", [[], ["--verbose"], ["--inspect"]], ids=str)
+def test_report_alone_on_the_standard_output(cli, path, options):
+    out = path.with_name("out.onnx")
+    result = cli(path, out, "--json", "-", *options)
+    assert result.code == 0 and json.loads(result.out)["channels_removed"] == 20
+    assert "channels" in result.err
+    assert out.exists() != ("--inspect" in options)
+    quiet = cli(path, out, "--json", "-", "--quiet", *options)
+    assert quiet.err == "" and json.loads(quiet.out)["channels_removed"] == 20
+
+
+def test_standard_input_is_inspected(cli, given, model):
+    given(model.SerializeToString())
+    result = cli("-", "--inspect")
+    assert result.code == 0 and "20 of 45 output channels" in result.out
+    given(model.SerializeToString())
+    # Nothing is written, so the table has the place.
+    assert cli("-", "-", "--inspect").out == result.out
+
+
+def test_a_file_of_that_name(cli, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    onnx.save(model, "-")
+    assert cli("./-", "./-").code == 0
+    assert not [n for n in onnx.load("./-").graph.node if n.op_type == "BatchNormalization"]
+
+
+class Terminal(io.TextIOWrapper):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def refuses(cli, tmp_path: Path) -> Callable[..., str]:
+    """Run the command line, which must complain in one line and touch nothing."""
+
+    def check(*arguments: object) -> str:
+        before = sorted(os.listdir(tmp_path))
+        result = cli(*arguments)
+        assert (result.code, result.out) == (2, "")
+        assert result.err.startswith("onnx-simplify: ") and result.err.count("\n") == 1
+        assert "internal" not in result.err
+        assert sorted(os.listdir(tmp_path)) == before
+        return result.err
+
+    return check
+
+
+def test_streams_that_do_not_fit(refuses, given, path, tmp_path, monkeypatch):
+    given(b"")
+    assert "is empty" in refuses("-", tmp_path / "out.onnx")
+    given(external(tmp_path))
+    assert "pass the model's path" in refuses("-", tmp_path / "out.onnx")
+    assert "both" in refuses(path, "-", "--json", "-")
+    assert "--save-external-data needs" in refuses(path, "-", "--save-external-data")
+    monkeypatch.setattr(streams, "fits_message", lambda model: False)
+    assert "2 GiB" in refuses(path, "-")
+    for name in ("stdin", "stdout"):
+        arguments = ("-", tmp_path / "out.onnx") if name == "stdin" else (path, "-")
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, name, None)
+            assert "is closed" in refuses(*arguments)
+            patch.setattr(sys, name, Terminal(io.BytesIO()))
+            assert "terminal" in refuses(*arguments)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("options", [["-"], ["{out}", "--json", "-"]], ids=" ".join)
+def test_full_standard_output(path, options):
+    out = path.with_name("out.onnx")
+    process = start("-m", "onnx_simplify", path, *(o.replace("{out}", str(out)) for o in options),
+                    stdout=open("/dev/full", "w"))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and err.count("\n") == 1
+    assert os.strerror(errno.ENOSPC) in err
+    assert out.exists() == (options != ["-"])
+    assert ("the model was written, but" in err) == out.exists()
+
+
+def test_reader_of_the_model_has_gone(path):
+    """It is lost, then: that is no success."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as pipe:
+        process = start("-m", "onnx_simplify", path, "-", stdout=pipe)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and err.count("\n") == 1
+
+
 # Signals.
 
 INTERRUPTED = "onnx-simplify: interrupted, nothing written\n"
@@ -112,7 +241,7 @@ def start(*command: object, **options) -> subprocess.Popen[str]:
     """Python in a process group of its own, as a terminal starts it."""
     return subprocess.Popen(
         [sys.executable, *map(str, command)],
-        stdout=subprocess.PIPE,
+        stdout=options.pop("stdout", subprocess.PIPE),
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},

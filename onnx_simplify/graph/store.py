@@ -138,7 +138,12 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 def serialized_size(model: Model) -> int:
     """Size in bytes of the model as a single file."""
-    return sum(memoryview(piece).nbytes for piece in _pieces(*model.structure()))
+    return sum(memoryview(piece).nbytes for piece in pieces(model))
+
+
+def pieces(model: Model) -> Iterator[bytes | memoryview]:
+    """The model as a single file, in pieces; it must fit into one message."""
+    return _pieces(*model.structure())
 
 
 def _real(path: str | os.PathLike[str]) -> Path:
