@@ -51,6 +51,7 @@ from onnx_simplify.report import Report
 from onnx_simplify.runtime.benchmark import Timing, time_models
 from onnx_simplify.runtime.measure import settle_disputes
 from onnx_simplify.runtime.verify import Reference, Verification
+from onnx_simplify.worker import simplify_apart
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -74,6 +75,7 @@ def simplify(
     threshold: float = 0.0,
     auto_threshold: float | None = None,
     save_to: str | os.PathLike[str] | None = None,
+    isolated: bool = False,
 ) -> tuple[ModelProto, Report]:
     """Make a model as small and fast as its pruned channels allow.
 
@@ -103,6 +105,8 @@ def simplify(
             relative to its magnitude, on ``input_data``; instead of ``threshold``.
         save_to: write the result to this file as well, replacing it as a whole or not at all. The
             only way to get at results of more than 2 GiB, which get a data file beside it.
+        isolated: work in a process of its own, so that a crash of native code, which a damaged
+            model can cause, becomes a ModelError.
 
     Returns:
         The simplified model and the report. A model that was too large for one message refers to
@@ -110,10 +114,14 @@ def simplify(
 
     Raises:
         ModelError: the model cannot be read or is invalid, or an argument does not fit it; or the
-            result is larger than 2 GiB and ``save_to`` is not given.
+            result is larger than 2 GiB and ``save_to`` is not given; or, with ``isolated``, the
+            process crashed.
         CannotVerifyError: the original itself does not run, and ``verify`` is true.
         VerificationError: the result differs from the original.
     """
+    arguments = dict(locals())
+    if arguments.pop("isolated"):
+        return simplify_apart(arguments)
     _check_positive(
         rtol=rtol,
         channel_multiple=channel_multiple,

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -385,3 +386,160 @@ def test_interrupt_of_the_work_alone():
     process = in_isolation("os.kill(os.getpid(), signal.SIGINT)")
     _, err = process.communicate(timeout=20)
     assert (process.returncode, err) == (2, INTERRUPTED)
+
+
+# Isolated calls.
+
+
+def test_isolated_gives_the_same(sample, tmp_path):
+    """And works from a thread beside others, whatever the arguments are made of."""
+    found = []
+
+    def work() -> None:
+        arguments = dict(
+            pinned={"stage1.conv1": 0}.keys(),
+            skip={"fold_batchnorm"},
+            bn_folding=[],
+            input_shapes={"image": (1, 3, 96, 96)},
+            input_data={"image": np.ones((1, 3, 96, 96), np.float32)},
+            target="avx2",
+        )
+        for isolated in (False, True):
+            out = tmp_path / f"{isolated}.onnx"
+            found.append(
+                onnx_simplify.simplify(sample, **arguments, save_to=out, isolated=isolated)
+            )
+
+    idle = threading.Event()
+    other = threading.Thread(target=idle.wait)
+    worker = threading.Thread(target=work)
+    other.start()
+    worker.start()
+    worker.join()
+    idle.set()
+    (model, report), (same, other_report) = found
+    assert report.channels_removed and same == model
+    report.seconds = other_report.seconds = 0
+    assert other_report == report
+    assert (tmp_path / "True.onnx").read_bytes() == (tmp_path / "False.onnx").read_bytes()
+
+
+def test_isolated_takes_every_source(model, path):
+    expected = onnx_simplify.simplify(model, target="generic")[0]
+    for source in (model, model.SerializeToString(), str(path)):
+        assert onnx_simplify.simplify(source, target="generic", isolated=True)[0] == expected
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"model": "no/such/file.onnx"},
+        {"model": b"garbage"},
+        {"pinned": ["nothing"]},
+        {"rtol": 1e-14},
+        {"rtol": -1},
+        {"input_data": {"image": np.ones(3)}},
+        {"model": endless().SerializeToString()[:-30]},
+    ],
+    ids=lambda a: next(iter(a)),
+)
+def test_isolated_raises_the_same(sample, arguments):
+    arguments = {"model": sample, "target": "avx2", **arguments}
+    with pytest.raises(onnx_simplify.SimplifyError) as expected:
+        onnx_simplify.simplify(**arguments)
+    with pytest.raises(onnx_simplify.SimplifyError) as found:
+        onnx_simplify.simplify(**arguments, isolated=True)
+    assert type(found.value) is type(expected.value)
+    assert re.sub(r"\S+e-\d+", "#", str(found.value)) == (
+        re.sub(r"\S+e-\d+", "#", str(expected.value))
+    )
+
+
+def test_isolated_raises_what_is_not_foreseen(sample):
+    """With the traceback of the other process as its cause."""
+    with pytest.raises(TypeError) as expected:
+        onnx_simplify.simplify(sample, threads="two")  # type: ignore[arg-type]
+    with pytest.raises(TypeError) as found:
+        onnx_simplify.simplify(sample, threads="two", isolated=True)  # type: ignore[arg-type]
+    assert str(found.value) == str(expected.value)
+    assert "_check_positive" in str(found.value.__cause__)
+
+
+def test_isolated_cannot_hand_everything_over(sample):
+    with pytest.raises(ModelError, match="isolated cannot hand an argument over"):
+        onnx_simplify.simplify(sample, input_data={"image": lambda: None}, isolated=True)
+
+
+def broken_runtime(folder: Path, does: str) -> None:
+    """A module in the place of onnxruntime that does something when it is imported."""
+    (folder / "onnxruntime.py").write_text(f"import os, signal, sys, time\n{does}\n")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize(
+    "does, message",
+    [
+        ("os.kill(os.getpid(), signal.SIGSEGV)", r"onnxruntime crashed \(SIGSEGV\)"),
+        ("os.kill(os.getpid(), signal.SIGFPE)", r"onnxruntime crashed \(SIGFPE\)"),
+        ("os.abort()", r"onnxruntime crashed \(SIGABRT\)"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "lack of memory"),
+        ("os._exit(3)", "exit code 3"),
+        ("os.write(1, b'noise'); print('noise'); os._exit(0)", "exit code 0"),
+    ],
+    ids="SEGV FPE ABRT KILL exit noise".split(),
+)
+def test_isolated_crash(sample, tmp_path, monkeypatch, does, message):
+    broken_runtime(tmp_path, does)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModelError, match=message) as caught:
+        onnx_simplify.simplify(sample, isolated=True)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ModelError, match=message):
+        onnx_simplify.simplify(bytes(10**7), isolated=True)
+
+
+def test_isolated_without_an_interpreter(sample, monkeypatch):
+    monkeypatch.setattr(sys, "executable", str(sample))
+    with pytest.raises(ModelError, match="cannot start"):
+        onnx_simplify.simplify(sample, isolated=True)
+    for name, value in (("executable", ""), ("frozen", True)):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, name, value, raising=False)
+            with pytest.raises(ModelError, match="needs a Python interpreter"):
+                onnx_simplify.simplify(sample, isolated=True)
+
+
+def test_isolated_in_a_script_without_a_guard(sample, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, onnx_simplify\nprint('once')\n"
+        "print(onnx_simplify.simplify(sys.argv[1], isolated=True)[1].verification.passed)\n"
+    )
+    out, err = start(script, sample).communicate(timeout=60)
+    assert (out, err) == ("once\nTrue\n", "")
+
+
+@on_linux
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_isolated_ends_with_the_caller(sample, tmp_path, number):
+    broken_runtime(tmp_path, "time.sleep(60)")
+    process = start(
+        "-c",
+        f"import sys, onnx_simplify, onnx_simplify.worker; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "print(flush=True)\n"
+        f"onnx_simplify.worker.simplify_apart(dict(model={str(sample)!r}))",
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    patience = time.monotonic() + 20
+    while not children(process) and time.monotonic() < patience:
+        time.sleep(0.01)
+    (work,) = children(process)
+    time.sleep(1)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == -number
+    assert err.count("Traceback") == (number == signal.SIGINT)
+    while Path("/proc", work).exists() and time.monotonic() < patience:
+        time.sleep(0.01)
+    assert not Path("/proc", work).exists()
