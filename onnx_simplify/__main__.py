@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from onnx_simplify.isolation import isolated
+from onnx_simplify.isolation import Stage, enter, interrupted, isolated
 
 
 def main() -> int:
@@ -13,9 +13,13 @@ def main() -> int:
     def work() -> int:
         from onnx_simplify.cli import main as run
 
+        enter(Stage.WORKING)
         return run(sys.argv[1:])
 
-    return isolated(work)
+    try:
+        return isolated(work)
+    except KeyboardInterrupt:
+        return interrupted()
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ from onnx_simplify.runtime.benchmark import Timing, time_models
 from onnx_simplify.runtime.measure import settle_disputes
 from onnx_simplify.runtime.reference import Reference
 from onnx_simplify.runtime.verify import Verification
+from onnx_simplify.worker import simplify_apart
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -76,6 +77,7 @@ def simplify(
     auto_threshold: float | None = None,
     freeze_weights: bool = False,
     save_to: str | os.PathLike[str] | None = None,
+    isolated: bool = False,
 ) -> tuple[ModelProto, Report]:
     """Make a model as small and fast as its pruned channels allow.
 
@@ -107,6 +109,8 @@ def simplify(
             newer), which a caller could replace; they are no inputs of the result.
         save_to: write the result to this file as well, replacing it as a whole or not at all. The
             only way to get at results of more than 2 GiB, which get a data file beside it.
+        isolated: work in a process of its own, so that a crash of native code, which a damaged
+            model can cause, becomes a ModelError.
 
     Returns:
         The simplified model and the report. A model that was too large for one message refers to
@@ -114,10 +118,14 @@ def simplify(
 
     Raises:
         ModelError: the model cannot be read or is invalid, or an argument does not fit it; or the
-            result is larger than 2 GiB and ``save_to`` is not given.
+            result is larger than 2 GiB and ``save_to`` is not given; or, with ``isolated``, the
+            process crashed.
         CannotVerifyError: the original itself does not run, and ``verify`` is true.
         VerificationError: the result differs from the original.
     """
+    arguments = dict(locals())
+    if arguments.pop("isolated"):
+        return simplify_apart(arguments)
     _check_positive(
         rtol=rtol,
         channel_multiple=channel_multiple,

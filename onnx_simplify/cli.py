@@ -12,7 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import numpy as np
 from rich import box
@@ -20,10 +20,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from onnx_simplify import pipeline
+from onnx_simplify import pipeline, streams
 from onnx_simplify.errors import CannotVerifyError, ModelError, SimplifyError, first_line
 from onnx_simplify.graph.model import load
 from onnx_simplify.graph.store import check_writable, save, write_text
+from onnx_simplify.isolation import Stage, enter, interrupted
 from onnx_simplify.pipeline import PASSES, Options
 from onnx_simplify.planning.profiles import PROFILES
 from onnx_simplify.report import Report
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str]) -> int:
     except SimplifyError as error:
         return _complain(str(error), error.exit_code)
     except KeyboardInterrupt:
-        return _complain("interrupted, nothing written", 2)
+        return interrupted()
     except MemoryError:
         return _complain("out of memory, nothing written", 2)
     except Exception as error:
@@ -107,8 +108,9 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("input", metavar="IN", help="the model")
-    add("output", metavar="OUT", nargs="?", help="where to write the result; may be IN")
+    add("input", metavar="IN", help="the model; - is the standard input")
+    add("output", metavar="OUT", nargs="?",
+        help="where to write the result; may be IN; - is the standard output")
     add("--pin", metavar="NAME", action="append", default=[],
         help="tensor, node or initializer whose channels must stay (repeatable)")
     add("--skip", metavar="PASS", action="append", default=[], choices=PASSES,
@@ -143,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
         "on --input-data")
     add("--inspect", action="store_true",
         help="report per layer what is dead, constant and removable; write nothing")
-    add("--json", metavar="FILE", help="write the whole report as JSON")
+    add("--json", metavar="FILE", help="write the whole report as JSON (-: standard output)")
     add("--freeze-weights", action="store_true",
         help="declare weights final that are graph inputs as well, which a caller could replace")
     add("--save-external-data", action="store_true",
@@ -197,17 +199,15 @@ def _run(arguments: argparse.Namespace) -> int:
     text = io.StringIO()
     width = shutil.get_terminal_size((100, 24)).columns
     console = Console(file=text, quiet=arguments.quiet, highlight=False, width=width)
-    if arguments.output is not None and not arguments.inspect:
-        check_writable(arguments.output)
-    if arguments.json is not None:
-        check_writable(arguments.json)
-        for other in (arguments.input, arguments.output):
-            if other is not None and os.path.realpath(other) == os.path.realpath(arguments.json):
-                raise ModelError(f"--json: {arguments.json} is the model: name another file")
+    _check_places(arguments)
+    streamed = not arguments.inspect and streams.is_output(arguments.output)
     if arguments.auto_threshold is not None and arguments.input_data is None:
         raise ModelError("--auto-threshold needs --input-data: random inputs say little")
     data = None if arguments.input_data is None else _read_data(arguments.input_data)
-    original = load(arguments.input, freeze_weights=arguments.freeze_weights)
+    original = load(
+        streams.read_input() if streams.is_input(arguments.input) else arguments.input,
+        freeze_weights=arguments.freeze_weights,
+    )
     with _progress(arguments.quiet) as progress:
         options = Options(
             pinned=arguments.pin,
@@ -230,14 +230,22 @@ def _run(arguments: argparse.Namespace) -> int:
             model, report = pipeline.run(original, options)
         except CannotVerifyError as error:
             raise CannotVerifyError(f"{error} (or --no-verify)") from error
-        if not arguments.inspect:
+        if not arguments.inspect and not streamed:
             progress("writing")
             beside = f"{os.path.realpath(arguments.output)}.data"
             before = os.stat(beside).st_ino if os.path.exists(beside) else None
-            size = save(model, arguments.output, external=arguments.save_external_data)
+            enter(Stage.WRITING)
+            size = save(
+                model,
+                arguments.output,
+                external=arguments.save_external_data,
+                complete=lambda: enter(Stage.FINISHING),
+            )
             report.after.bytes = size
             if before is not None and os.path.exists(beside) and os.stat(beside).st_ino == before:
                 report.notes.append(f"{beside} is as it was: the new model does not need it")
+    if streamed:
+        report.after.bytes = streams.write_model(model)
     if arguments.json is not None:
         _write_json(report, arguments)
     if arguments.inspect:
@@ -246,24 +254,39 @@ def _run(arguments: argparse.Namespace) -> int:
         _print_summary(console, report)
     if arguments.verbose or arguments.inspect:
         _print_opaque(console, report)
-    _emit(text.getvalue(), written=not arguments.inspect)
+    taken = streamed or streams.is_output(arguments.json)
+    _show(text.getvalue(), arguments, sys.stderr if taken else sys.stdout)
     return 0
 
 
-def _emit(text: str, *, written: bool) -> None:
-    """Write to the standard output, whatever it can show."""
-    if sys.stdout is None:  # closed
-        return
-    encoding = sys.stdout.encoding or "utf-8"
+def _check_places(arguments: argparse.Namespace) -> None:
+    """Complain about where to write before all the work.
+
+    Raises:
+        ModelError: something cannot be written there.
+    """
+    model = None if arguments.inspect else arguments.output
+    if streams.is_output(model):
+        if streams.is_output(arguments.json):
+            raise ModelError("OUT and --json cannot both be the standard output: name a file")
+        if arguments.save_external_data:
+            raise ModelError("--save-external-data needs an output file, not the standard output")
+        streams.check_output()
+    elif model is not None:
+        check_writable(model, external=arguments.save_external_data)
+    if arguments.json is not None and not streams.is_output(arguments.json):
+        check_writable(arguments.json)
+        for other in (arguments.input, arguments.output):
+            if other is not None and os.path.realpath(other) == os.path.realpath(arguments.json):
+                raise ModelError(f"--json: {arguments.json} is the model: name another file")
+
+
+def _show(text: str, arguments: argparse.Namespace, stream: TextIO | None) -> None:
+    """Print a report."""
     try:
-        sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader has seen enough.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        streams.show(text, stream)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        what = "the model was written, but " if written else ""
+        what = "" if arguments.inspect else "the model was written, but "
         raise ModelError(
             f"{what}the report cannot be printed: {error.strerror or error}"
         ) from error
@@ -298,7 +321,12 @@ def _write_json(report: Report, arguments: argparse.Namespace) -> None:
         "output": None if arguments.inspect else arguments.output,
         **report.to_dict(),
     }
-    write_text(arguments.json, json.dumps(content, indent=2) + "\n")
+    text = json.dumps(content, indent=2) + "\n"
+    if streams.is_output(arguments.json):
+        _show(text, arguments, sys.stdout)
+    else:
+        enter(Stage.FINISHING)
+        write_text(arguments.json, text)
 
 
 def _print_summary(console: Console, report: Report) -> None:

@@ -193,6 +193,10 @@ class _Task:
         if self.trouble is not None:
             report.notes.append(f"constants were not looked for: {self.trouble}")
         simplify_in_place(model, Planner(plan), self.reference, report, options, self.step)
+        if model.training_is_stale():
+            report.notes.append(
+                "training information was dropped: it is about weights that are gone or changed"
+            )
         report.after = figures(model, self.shapes)
         self.original.release()
         return model, report

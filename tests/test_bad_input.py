@@ -109,11 +109,11 @@ def test_folder(refuses, folder):
     refuses(folder, folder / "out.onnx")
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
-def test_pipe(cli, folder):
-    os.mkfifo(folder / "pipe")
-    result = cli(folder / "pipe", folder / "out.onnx")
-    assert result.code == 2 and result.err.count("\n") == 1
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs devices")
+@pytest.mark.parametrize("name", ["null", "zero"])
+def test_device(refuses, folder, name):
+    """Some never end."""
+    assert "device" in refuses(f"/dev/{name}", folder / "out.onnx")
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read it")
@@ -566,15 +566,58 @@ def test_output_folder_takes_no_files(refuses, folder):
     refuses(folder / "in.onnx", "/proc/out.onnx")
 
 
-@pytest.mark.parametrize("length", [240, 300])
-def test_output_name_too_long(cli, folder, length):
-    """With 240 characters the file itself could just be written."""
-    out = folder / ("x" * length)
-    result = cli(folder / "in.onnx", out)
-    assert "internal error" not in result.err
-    assert result.code == (2 if length > 255 else result.code)
-    assert result.err.count("\n") == (1 if result.code else 0)
-    assert set(snapshot(folder)) <= {"in.onnx", "out.onnx", out.name}
+@pytest.mark.parametrize("name", ["x" * 240, "x" * 255, "é" * 127 + "x"], ids=["240", "255", "é"])
+def test_output_with_a_long_name(cli, folder, name):
+    """Names beside it are derived from it."""
+    report = "r" * 255
+    for _ in range(2):
+        assert cli(folder / "in.onnx", folder / name, "--json", folder / report).code == 0
+        assert set(snapshot(folder)) == {"in.onnx", "out.onnx", name, report}
+    assert len(onnx.load(folder / name).graph.node)
+
+
+@pytest.mark.parametrize("length", [230, 250])
+def test_external_data_with_a_long_name(cli, folder, length):
+    name, other = "x" * length, "x" * (length - 1) + "y"
+    assert store._data_prefix(folder / name) != store._data_prefix(folder / other)
+    for path in (name, other, name):
+        assert cli(folder / "in.onnx", folder / path, "--save-external-data").code == 0
+    names = {"in.onnx", "out.onnx", name, f"{name}.data", other, f"{other}.data"}
+    assert set(snapshot(folder)) == names
+    run(folder / name, random_feeds(small_cnn().model(), 1)[0])
+
+
+def test_output_name_too_long(refuses, folder):
+    message = refuses(folder / "in.onnx", folder / ("x" * 251), "--save-external-data")
+    assert "too long for a data file" in message
+    assert os.strerror(errno.ENAMETOOLONG) in refuses(folder / "in.onnx", folder / ("x" * 256))
+    refuses(folder / "in.onnx", folder.joinpath(*["x" * 200] * 30))
+
+
+@pytest.mark.parametrize("name", ["new.onnx/", "out.onnx/", "no/", "new.onnx/.", "sub/.."])
+def test_output_with_a_trailing_slash(refuses, folder, name):
+    refuses(folder / "in.onnx", f"{folder}/{name}")
+    refuses(folder / "in.onnx", folder / "out.onnx", "--json", f"{folder}/{name}")
+
+
+@pytest.mark.skipif(not hasattr(os, "symlink"), reason="needs symbolic links")
+def test_links_in_a_circle(refuses, folder):
+    (folder / "a").symlink_to("b")
+    (folder / "b").symlink_to("a")
+    for out in (folder / "a", folder / "a" / "out.onnx"):
+        assert "circle" in refuses(folder / "in.onnx", out)
+        assert "circle" in refuses(folder / "in.onnx", folder / "out.onnx", "--json", out)
+        assert os.strerror(errno.ELOOP) in refuses(out, folder / "out.onnx")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="names of bytes")
+def test_output_name_that_is_no_unicode(cli, refuses, folder):
+    """A model cannot refer to such a data file."""
+    out = os.fsdecode(os.fsencode(folder) + b"/\xff.onnx")
+    assert "Unicode" in refuses(folder / "in.onnx", out, "--save-external-data")
+    assert cli(folder / "in.onnx", out).code == 0
+    with pytest.raises(ModelError, match="no name of a file"):
+        onnx_simplify.simplify(folder / "in.onnx", save_to="a\0b")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")

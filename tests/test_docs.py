@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -143,6 +146,18 @@ def test_commands_run(block, folder, cli):
                 f"{block}: '{command.text}' prints something else now; put it there:\n"
                 f"{result.out}{result.err}"
             )
+
+
+@pytest.mark.skipif(shutil.which("sh") is None, reason="needs a shell")
+@pytest.mark.parametrize(
+    "line", [x for b in blocks("command-line.md", "sh") for x in b.text.splitlines()]
+)
+def test_pipelines_run(line, folder):
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(DOCS.parent)}
+    done = subprocess.run(["sh", "-c", line], env=environment, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "small.onnx").stat().st_size > 0
 
 
 def shape(lines: list[str]) -> list[str]:

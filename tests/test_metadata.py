@@ -563,3 +563,51 @@ def test_stated_shapes_are_true(view, steps, skip):
         assert len(dims) == len(real[info.name]), info.name
         for dim, size in zip(dims, real[info.name], strict=True):
             assert not dim.HasField("dim_value") or dim.dim_value == size, info.name
+
+
+# Training information.
+
+
+def trained(model: ModelProto) -> ModelProto:
+    """The model, and how its weights are updated: they shrink by a tenth."""
+    updates, bindings = [], []
+    for tensor in model.graph.initializer:
+        updates.append(helper.make_node("Mul", [tensor.name, "rate"], [f"{tensor.name}.new"]))
+        bindings.append((tensor.name, f"{tensor.name}.new"))
+    rate = numpy_helper.from_array(np.array(0.9, np.float32), "rate")
+    algorithm = helper.make_graph(updates, "shrink", [], [], [rate])
+    model.training_info.append(helper.make_training_info(algorithm, bindings, None, None))
+    onnx.checker.check_model(model)
+    return model
+
+
+def dense() -> ModelProto:
+    """A network of which nothing can be removed."""
+    g = Graph()
+    x = g.op("Relu", g.conv(g.input("x", ["n", 3, 8, 8]), g.normal(8, 3, 3, 3), g.normal(8)))
+    g.output(g.conv(x, g.normal(4, 8, 3, 3), g.normal(4)))
+    return g.model()
+
+
+@each_step
+def test_training_information_of_other_weights_is_dropped(step):
+    """It would bind tensors that are gone, or have other shapes."""
+    model = trained(small_cnn().model())
+    result = step(model)
+    assert not result.training_info and model.training_info
+    onnx.checker.check_model(result)
+    assert_same_function(model, result, random_feeds(model))
+
+
+@each_step
+def test_training_information_stays_where_the_weights_do(step):
+    model = trained(dense())
+    assert step(model).training_info == model.training_info
+
+
+def test_a_note_says_that_training_information_was_dropped(cli, tmp_path):
+    onnx.save(trained(small_cnn().model()), tmp_path / "in.onnx")
+    result = cli(tmp_path / "in.onnx", tmp_path / "out.onnx")
+    assert "note: training information was dropped: " in result.out
+    for model in (dense(), trained(dense()), small_cnn().model()):
+        assert not [n for n in simplify(model)[1].notes if "training" in n]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import stat
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -122,6 +123,8 @@ class Model:
         self.disputed: frozenset[str] = frozenset()
         self.files: list[Path] = []
         self.source_bytes: int | None = None
+        # What training information, if there is any, refers to.
+        self._trained = dict(arrays) if proto.training_info else {}
 
     @property
     def opset(self) -> int:
@@ -282,12 +285,27 @@ class Model:
         other.stand_in = self.stand_in
         other.keep_shared = self.keep_shared
         other.disputed = self.disputed
+        other._trained = self._trained
         return other
+
+    def training_is_stale(self) -> bool:
+        """Whether there is training information about weights that are gone or have changed."""
+        constants = self.initializers() if self._trained else {}
+        for name, values in self._trained.items():
+            if name in constants:
+                found = constants[name].values
+                if found is not values and not np.array_equal(found, values):
+                    return True
+            elif name not in self.overridable:
+                return True
+        return False
 
     def structure(
         self, extra_outputs: Iterable[str] = (), *, infos: bool = False
     ) -> tuple[ModelProto, dict[str, gs.Constant]]:
         """The model as a message in which large initializers have a type but no data.
+
+        Training information that is stale is left out.
 
         Args:
             extra_outputs: inner tensors to declare as outputs.
@@ -300,6 +318,8 @@ class Model:
         """
         proto = ModelProto()
         proto.CopyFrom(self.template)
+        if self.training_is_stale():
+            proto.ClearField("training_info")
         graph = proto.graph
         large: dict[str, gs.Constant] = {}
         dequantized: set[str] = set()
@@ -399,7 +419,7 @@ class Model:
 def load(source: ModelSource, *, freeze_weights: bool = False) -> Model:
     """Read a model from a path, serialized bytes, or a message (which is not modified).
 
-    Weights inside the file are mapped, not read; so are external ones.
+    Weights inside the file are mapped, not read; so are external ones. A pipe is read to its end.
 
     Args:
         source: the model.
@@ -422,9 +442,9 @@ def load(source: ModelSource, *, freeze_weights: bool = False) -> Model:
             label = "the model"
         else:
             path = Path(source)
-            folder = path.parent
             label = str(path)
-            data = _map_file(path)
+            data, streamed = _read_file(path)
+            folder = None if streamed else path.parent
         source_bytes = len(data)
         if len(data) == 0:
             raise ModelError(f"{label} is empty: not an ONNX model")
@@ -466,7 +486,7 @@ def load(source: ModelSource, *, freeze_weights: bool = False) -> Model:
     except Exception as error:
         raise ModelError(f"not a valid ONNX graph: {first_line(error)}") from error
     model.source_bytes = source_bytes
-    if not isinstance(source, (ModelProto, bytes)):
+    if folder is not None and not isinstance(source, (ModelProto, bytes)):
         model.files = [Path(source).resolve(), *files]
     model.mapped = list({id(m): m for m in map(_mapping, arrays.values()) if m}.values())
     return model
@@ -720,7 +740,7 @@ def _read(
     location = entries.get("location", "")
     if folder is None:
         raise ModelError(
-            f"initializer '{tensor.name}' is stored outside the model: pass the model's path"
+            f"initializer '{tensor.name}' is in a file beside the model: pass the model's path"
         )
     shown = location[:200]
     try:
@@ -748,6 +768,19 @@ def _read(
     return _view(tensor, raw)
 
 
+def _read_file(path: Path) -> tuple[np.ndarray | bytes, bool]:
+    """What a path holds, and whether that came as a stream, beside which there are no files."""
+    try:
+        kind = path.stat().st_mode
+        if stat.S_ISCHR(kind) or stat.S_ISBLK(kind):
+            raise ModelError(f"{path} is a device, not an ONNX file")
+        if stat.S_ISFIFO(kind):
+            return path.read_bytes(), True
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    return _map_file(path), False
+
+
 def _map_file(path: Path) -> np.ndarray:
     try:
         if path.is_dir():
@@ -755,10 +788,15 @@ def _map_file(path: Path) -> np.ndarray:
         if path.stat().st_size == 0:
             return np.zeros(0, np.uint8)
         return np.memmap(path, np.uint8, mode="r")
-    except FileNotFoundError:
-        raise ModelError(f"{path} does not exist") from None
     except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError | ValueError) -> ModelError:
+    if isinstance(error, FileNotFoundError):
+        return ModelError(f"{path} does not exist")
+    reason = error.strerror if isinstance(error, OSError) else None
+    return ModelError(f"{path} cannot be read: {reason or error}")
 
 
 def _check_text(message: Message) -> None:

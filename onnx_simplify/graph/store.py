@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import errno
 import glob
+import hashlib
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -38,8 +39,8 @@ except ImportError:  # Windows: no locks, and what a dead process leaves stays
 _ALIGNMENT = 4096
 # Names beside that of the output contain it.
 _MARK = "onnx-simplify"
-# The file system allows 255 bytes; a data file's name has so many more.
-_LONGEST_NAME = 255 - len(f".{_MARK}-12345678.data")
+# So many bytes may a name have, as file systems go.
+_LONGEST_NAME = 255
 # Seconds to wait for others that move files about.
 _PATIENCE = 10.0
 
@@ -47,7 +48,13 @@ Places = dict[str, tuple[int, int]]
 """Offset and length of each tensor in a data file."""
 
 
-def save(model: Model, path: str | os.PathLike[str], *, external: bool = False) -> int:
+def save(
+    model: Model,
+    path: str | os.PathLike[str],
+    *,
+    external: bool = False,
+    complete: Callable[[], None] = lambda: None,
+) -> int:
     """Write a model; an existing file is replaced by the complete new one or not at all.
 
     Args:
@@ -55,6 +62,7 @@ def save(model: Model, path: str | os.PathLike[str], *, external: bool = False) 
         path: the file.
         external: put large weights into ``<name>.data`` beside it; also done when the model would
             exceed protobuf's 2 GiB.
+        complete: called when everything is written and has only to be moved to its place.
 
     Returns:
         Number of bytes written.
@@ -62,7 +70,7 @@ def save(model: Model, path: str | os.PathLike[str], *, external: bool = False) 
     Raises:
         ModelError: the file cannot be written.
     """
-    path = Path(os.path.realpath(path))
+    path = _real(path)
     proto, large = model.structure(infos=True)
     external = external or not fits_message(model)
     try:
@@ -72,11 +80,12 @@ def save(model: Model, path: str | os.PathLike[str], *, external: bool = False) 
                 places = _write_data(proto, large, data)
                 size = data.stat().st_size
                 with _locked(path.parent):
-                    return size + _replace_pair(model, path, data, proto, places)
+                    return size + _replace_pair(model, path, data, proto, places, complete)
             new = folder / path.name
             size = _write(new, _pieces(proto, large))
             _keep_mode(path, new)
             with _locked(path.parent):
+                complete()
                 os.replace(new, path)
                 _drop_leftovers(path)
             return size
@@ -84,13 +93,17 @@ def save(model: Model, path: str | os.PathLike[str], *, external: bool = False) 
         raise ModelError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def check_writable(path: str | os.PathLike[str]) -> None:
+def check_writable(path: str | os.PathLike[str], *, external: bool = False) -> None:
     """Complain now rather than after all the work.
+
+    Args:
+        path: the file that will be written.
+        external: whether there will be a data file beside it.
 
     Raises:
         ModelError: the folder is missing or cannot be written, or the path is a folder.
     """
-    path = Path(os.path.realpath(path))
+    path = _real(path)
     try:
         if path.is_dir():
             raise ModelError(f"{path} is a folder: name the output file")
@@ -100,8 +113,8 @@ def check_writable(path: str | os.PathLike[str]) -> None:
             raise ModelError(f"folder {path.parent} does not exist")
         if not os.access(path.parent, os.W_OK):
             raise ModelError(f"folder {path.parent} cannot be written")
-        if len(os.fsencode(path.name)) > _LONGEST_NAME:
-            raise ModelError(f"the name of the output file is too long: {path.name[:40]}...")
+        if external:
+            _data_path(path)
     except OSError as error:
         raise ModelError(f"{path} cannot be written: {error.strerror or error}") from error
 
@@ -112,7 +125,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     Raises:
         ModelError: the file cannot be written.
     """
-    path = Path(os.path.realpath(path))
+    path = _real(path)
     try:
         with _workspace(path) as folder:
             new = folder / path.name
@@ -125,7 +138,57 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 def serialized_size(model: Model) -> int:
     """Size in bytes of the model as a single file."""
-    return sum(memoryview(piece).nbytes for piece in _pieces(*model.structure(infos=True)))
+    return sum(memoryview(piece).nbytes for piece in pieces(model))
+
+
+def pieces(model: Model) -> Iterator[bytes | memoryview]:
+    """The model as a single file, in pieces; it must fit into one message."""
+    return _pieces(*model.structure(infos=True))
+
+
+def _real(path: str | os.PathLike[str]) -> Path:
+    """The path behind symbolic links, of a file that need not exist.
+
+    Raises:
+        ModelError: it can only be a folder's, or its links lead nowhere.
+    """
+    name = os.fspath(path)
+    if name and os.path.basename(name) in ("", os.curdir, os.pardir):
+        raise ModelError(f"{name} is a folder: name the output file")
+    try:
+        os.stat(name)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ModelError(f"{name} cannot be written: its links lead in a circle") from error
+    except ValueError as error:
+        raise ModelError(f"{name!r} is no name of a file") from error
+    return Path(os.path.realpath(name))
+
+
+def _data_path(path: Path) -> Path:
+    """Where the external data of a model belong.
+
+    Raises:
+        ModelError: no file can have that name, or no model can refer to it.
+    """
+    name = f"{path.name}.data"
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        raise ModelError(f"{path.name[:40]}...: the name is too long for a data file beside it")
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise ModelError(f"{name!r}, the data file, would not be Unicode: rename it") from error
+    return path.with_name(name)
+
+
+def _data_prefix(path: Path) -> str:
+    """What the names of data files begin with that are not at their place yet."""
+    name, tail = path.name, f".{_MARK}-"
+    room = _LONGEST_NAME - len(f"{tail}12345678.data")
+    if len(os.fsencode(name)) > room:
+        digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
+        name = os.fsencode(name)[: room - len(digest)].decode("utf-8", "ignore") + digest
+    return f"{name}{tail}"
 
 
 @contextmanager
@@ -204,7 +267,12 @@ def _sync(file: BinaryIO) -> None:
 
 
 def _replace_pair(
-    model: Model, path: Path, data: Path, proto: ModelProto, places: Places
+    model: Model,
+    path: Path,
+    data: Path,
+    proto: ModelProto,
+    places: Places,
+    complete: Callable[[], None],
 ) -> int:
     """Move a model and its data to their places; the folder must be locked.
 
@@ -219,11 +287,12 @@ def _replace_pair(
         data: the complete data file.
         proto: the model's message.
         places: where its tensors are in the data file.
+        complete: called before the first of both is moved.
 
     Returns:
         The size of the model without its data.
     """
-    final = path.with_name(f"{path.name}.data")
+    final = _data_path(path)
     new = data.with_name(path.name)
     if final.is_dir():
         raise IsADirectoryError(errno.EISDIR, f"{final.name} is a folder")
@@ -233,10 +302,11 @@ def _replace_pair(
     _keep_mode(path, new)
     _keep_mode(final, data)
     if final.exists():
-        own = path.with_name(f"{path.name}.{_MARK}-{data.parent.name[-8:]}.data")
+        own = path.with_name(f"{_data_prefix(path)}{data.parent.name[-8:]}.data")
         first = data.with_name("first")
         _write(first, [_naming(proto, places, own.name)])
         _keep_mode(path, first)
+        complete()
         os.replace(data, own)
         os.replace(first, path)
         try:
@@ -244,6 +314,7 @@ def _replace_pair(
         except OSError:  # a file system without links: the name of its own has to do
             final.unlink()
             return size
+    complete()
     os.replace(data, final)
     os.replace(new, path)
     _drop_leftovers(path)
@@ -252,7 +323,7 @@ def _replace_pair(
 
 def _drop_leftovers(path: Path) -> None:
     """Remove data files with names of their own, to which no model refers any more."""
-    for old in path.parent.glob(f"{glob.escape(path.name)}.{_MARK}-*.data"):
+    for old in path.parent.glob(f"{glob.escape(_data_prefix(path))}*.data"):
         with suppress(OSError):
             old.unlink()
 
