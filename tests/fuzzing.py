@@ -143,17 +143,17 @@ def _worst(
     names, jumps = [o.name for o in model.graph.output], behind_jumps(model.graph)
     least = _LEAST if {n.op_type for n in model.graph.node} & _UNITS else 0.0
     worst, where = 0.0, ""
-    for feed, before, after in zip(feeds, _run(model, feeds), _run(result, feeds), strict=True):
+    for feed, before, after in zip(feeds, run(model, feeds), run(result, feeds), strict=True):
         for k, (name, a, b) in enumerate(zip(names, before, after, strict=True)):
             gap = difference(a, b, name in jumps, least)
-            if gap > 1e-5 and name in jumps and gap <= _jitter(model, feed, k):
+            if gap > 1e-5 and name in jumps and gap <= jitter(model, feed, k):
                 continue
             if gap > worst:
                 worst, where = gap, name
     return worst, where
 
 
-def _jitter(model: onnx.ModelProto, feed: dict[str, np.ndarray], output: int) -> float:
+def jitter(model: onnx.ModelProto, feed: dict[str, np.ndarray], output: int) -> float:
     """How much an output changes where inputs change by rounding."""
     random, feeds = np.random.default_rng(0), [feed]
     for _ in range(8):
@@ -163,7 +163,7 @@ def _jitter(model: onnx.ModelProto, feed: dict[str, np.ndarray], output: int) ->
             else v
             for n, v in feed.items()
         })
-    first, *others = _run(model, feeds)
+    first, *others = run(model, feeds)
     return max(difference(first[output], o[output]) for o in others)
 
 
@@ -175,7 +175,7 @@ def _overflows_as_told(
     told = any(re.search("finite|overflow|NaN", note) for note in notes)
     pairs = (
         (a, b)
-        for before, after in zip(_run(model, feeds), _run(result, feeds), strict=True)
+        for before, after in zip(run(model, feeds), run(result, feeds), strict=True)
         for a, b in zip(before, after, strict=True)
     )
     return told or all(
@@ -192,7 +192,8 @@ def open_session(model: bytes) -> ort.InferenceSession:
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def _run(model: onnx.ModelProto, feeds: list[dict[str, np.ndarray]]) -> list[list[np.ndarray]]:
+def run(model: onnx.ModelProto, feeds: list[dict[str, np.ndarray]]) -> list[list[np.ndarray]]:
+    """The outputs for each of the inputs."""
     session = open_session(model.SerializeToString())
     return [session.run(None, f) for f in feeds]
 

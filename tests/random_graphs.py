@@ -1154,6 +1154,11 @@ def _live(nodes: Sequence[NodeProto], names: Sequence[str]) -> list[NodeProto]:
     return live[::-1]
 
 
+def ancestors(graph: GraphProto, name: str) -> set[str]:
+    """The tensors that this one depends on."""
+    return {n for node in _live(graph.node, [name]) for n in _reads(node)}
+
+
 def _shuffled(nodes: Sequence[NodeProto], rng: np.random.Generator) -> list[NodeProto]:
     """The nodes in a random topological order."""
     pending, order = list(nodes), []
