@@ -1202,7 +1202,8 @@ def _finish(b: Builder) -> ModelProto:
         results.append(helper.make_tensor_value_info(tensor.name, kind, shape))
     inputs = [i for i in b.inputs if i.name not in unread]
     model = _model(helper.make_graph(nodes, "graph", inputs, results, inits), b.opset)
-    model.doc_string = OVERFLOWS if b.overflows else ""
+    if b.overflows:
+        model.doc_string = OVERFLOWS
     if b.twisted and b.twist_rng.random() < 0.5:
         _note_shapes(b, model)
         return model
