@@ -8,6 +8,7 @@ finite, is taken back.  So shapes are observed, not derived.
 from __future__ import annotations
 
 import functools
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ import onnxruntime as ort
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, helper, numpy_helper
 
 _IR_VERSIONS = {11: 6, 13: 7, 17: 8, 18: 8, 20: 9}
+# Doc string of models whose inner values are not finite for large inputs.
+OVERFLOWS = "overflows for large inputs"
 _LARGEST = 150.0  # magnitude
 _MOST = 150_000  # elements
 _LAST = 2**63 - 1
@@ -90,10 +93,13 @@ class Builder:
         # Of a generator of its own, so that the other models stay what they are.
         integers = np.random.default_rng([*seed, 1]).random() < 0.1
         self.quantized = integers and self.dtype == np.float32
+        self.twist_rng = np.random.default_rng([*seed, 2])
+        self.twisted = self.dtype == np.float32 and self.twist_rng.random() < 0.3
         self.style = int(rng.integers(3))
         self.widths = [int(w) for w in rng.choice([1, 2, 3, 4, 4, 6, 8, 8, 12], 3)]
         self.masks: dict[int, np.ndarray] = {}
         self.symbols: dict[tuple[int, ...], str] = {}
+        self.overflows = False  # for inputs much larger than the probes
         self.count = 0
         # What a rejected operator has appended to these lists is taken back.
         self.nodes: list[NodeProto] = []
@@ -104,6 +110,9 @@ class Builder:
         self.params: list[Tensor] = []
         self.used: list[str] = []
         self.stored: list[Tensor] = []  # weights behind DequantizeLinear
+        self.fed: list[Tensor] = []  # inputs without a default
+        self.made: list[Tensor] = []  # whatever a node made, but for sizes that inputs may change
+        self.wanted: list[Tensor] = []  # outputs for certain, of sizes that inputs may change
 
     def attempt(self, grow: Callable[[Builder], Any]) -> None:
         """Apply a grower; if it does not fit leave no trace."""
@@ -249,7 +258,28 @@ class Builder:
         sizes = [[_PROBES[d][i] if isinstance(d, str) else d for d in shape] for i in self.probes]
         values = tuple(self.rng.normal(size=s).astype(self.dtype) for s in sizes)
         self.pool.append(Tensor(name, values))
+        self.fed.append(self.pool[-1])
         return self.pool[-1]
+
+    def open_operand(self, default: Any, choices: Sequence[Any], required: bool) -> Tensor:
+        """An operand that a caller may set to one of these values; they are kept in its doc string.
+
+        Args:
+            default: its value in the probes, and where nobody sets it.
+            choices: what :func:`random_feeds` draws from.
+            required: whether it is a mere input, or an initializer that is an input as well.
+        """
+        value = np.asarray(default)
+        kind = helper.np_dtype_to_tensor_dtype(value.dtype)
+        tensor = Tensor(self.name("operand"), (value,) * len(self.probes))
+        info = helper.make_tensor_value_info(tensor.name, kind, value.shape)
+        info.doc_string = json.dumps([np.asarray(c).tolist() for c in choices])
+        self.inputs.append(info)
+        if required:
+            self.fed.append(tensor)
+        else:
+            self.inits.append(numpy_helper.from_array(value, tensor.name))
+        return tensor
 
     def op(self, kind: str, *operands: Tensor | None, **attrs: Any) -> Tensor:
         """Append a node with one output."""
@@ -257,9 +287,20 @@ class Builder:
 
     def ops(
         self, outputs: int, kind: str, *operands: Tensor | None, captures: Sequence[Tensor] = (),
-        keep: bool = True, **attrs: Any,
+        keep: bool = True, loose: bool = False, **attrs: Any,
     ) -> list[Tensor]:
-        """Append a node, run it on the probes, and put its outputs into the pool."""
+        """Append a node, run it on the probes, and put its outputs into the pool.
+
+        Args:
+            outputs: how many.
+            kind: the operator.
+            operands: what it reads.
+            captures: what its bodies read.
+            keep: whether other operators may read the outputs.
+            loose: the outputs may be empty, or their sizes depend on what a caller sets; they are
+                not kept.
+            attrs: attributes.
+        """
         label = "" if self.anonymous or self.chance(0.1) else f"{kind}_{self.count}"
         names = [self.name(kind) for _ in range(outputs)]
         operands = operands[: max(i + 1 for i, t in enumerate(operands) if t)]
@@ -269,11 +310,15 @@ class Builder:
         values = _run(node, inputs, self.opset)
         for value in (v for vs in values for v in vs):
             sane = value.dtype != self.dtype or np.abs(value).max(initial=0) < _LARGEST
-            if not (0 < value.size < _MOST and sane and value.ndim == values[0][0].ndim):
+            full = 0 < value.size < _MOST and value.ndim == values[0][0].ndim
+            if not (sane and (full or loose)):
                 raise Skip
         self.nodes.append(node)
         self.used.extend(t.name for t in inputs)
         made = [Tensor(n, v) for n, v in zip(names, values, strict=True)]
+        if loose:
+            return made
+        self.made.extend(made)
         if keep and made[0].values[0].dtype == self.dtype:
             self.pool.extend(made)
         return made
@@ -318,10 +363,9 @@ def _session_runs(model: ModelProto, feeds: Sequence[dict[str, np.ndarray]]) -> 
 
 def _valid(b: Builder, model: ModelProto) -> bool:
     """Whether onnx and onnxruntime accept the whole model; seldom they disagree about shapes."""
-    fed = [t for t in b.pool if any(t.name == i.name for i in b.inputs)]
     try:
         onnx.checker.check_model(model, full_check=True)
-        _session_runs(model, [{t.name: t.values[i] for t in fed} for i in b.probes])
+        _session_runs(model, [{t.name: t.values[i] for t in b.fed} for i in b.probes])
     except Exception:  # as above
         return False
     return True
@@ -1110,6 +1154,11 @@ def _live(nodes: Sequence[NodeProto], names: Sequence[str]) -> list[NodeProto]:
     return live[::-1]
 
 
+def ancestors(graph: GraphProto, name: str) -> set[str]:
+    """The tensors that this one depends on."""
+    return {n for node in _live(graph.node, [name]) for n in _reads(node)}
+
+
 def _shuffled(nodes: Sequence[NodeProto], rng: np.random.Generator) -> list[NodeProto]:
     """The nodes in a random topological order."""
     pending, order = list(nodes), []
@@ -1132,7 +1181,7 @@ def _outputs(b: Builder) -> list[Tensor]:
         others = [p for p in b.params if p.name in inits] or others
     count = min(int(b.rng.integers(3)), len(others))
     chosen = [others[int(i)] for i in b.rng.choice(len(others), count, replace=False)]
-    return list({t.name: t for t in [ends[-1], *chosen]}.values())
+    return list({t.name: t for t in [ends[-1], *chosen, *b.wanted]}.values())
 
 
 def _finish(b: Builder) -> ModelProto:
@@ -1149,11 +1198,41 @@ def _finish(b: Builder) -> ModelProto:
     for tensor in outputs:
         dims = zip(tensor.sizes, tensor.dims, strict=True)
         kind = helper.np_dtype_to_tensor_dtype(tensor.values[0].dtype)
-        shape = [b.symbols.get(s) or d for s, d in dims]
+        shape = [None if tensor in b.wanted else b.symbols.get(s) or d for s, d in dims]
         results.append(helper.make_tensor_value_info(tensor.name, kind, shape))
     inputs = [i for i in b.inputs if i.name not in unread]
     model = _model(helper.make_graph(nodes, "graph", inputs, results, inits), b.opset)
+    if b.overflows:
+        model.doc_string = OVERFLOWS
+    if b.twisted and b.twist_rng.random() < 0.5:
+        _note_shapes(b, model)
+        return model
     return onnx.shape_inference.infer_shapes(model) if b.chance(0.3) else model
+
+
+def _note_shapes(b: Builder, model: ModelProto) -> None:
+    """Write the shapes of all tensors, or only some, into the model: more than onnx could infer."""
+    done = {o for n in model.graph.node for o in n.output} - {o.name for o in model.graph.output}
+    share = b.twist_rng.choice([0.3, 1.0])
+    for tensor in b.made:
+        if tensor.name in done and b.twist_rng.random() < share:
+            kind = helper.np_dtype_to_tensor_dtype(tensor.values[0].dtype)
+            dims = [b.symbols.get(s) or d for s, d in zip(tensor.sizes, tensor.dims, strict=True)]
+            info = helper.make_tensor_value_info(tensor.name, kind, dims)
+            model.graph.value_info.append(info)
+
+
+def _twist(b: Builder) -> None:
+    """Add what is rare in random graphs, with a random source of its own."""
+    from random_twists import TWISTS  # which imports this module
+
+    b.rng, plain = b.twist_rng, b.rng
+    length = len(b.nodes)
+    for _ in range(30):
+        b.attempt(b.choose(TWISTS))
+        if len(b.nodes) > length and b.chance(0.5):
+            break
+    b.rng = plain
 
 
 def _grown(b: Builder) -> Builder:
@@ -1167,6 +1246,8 @@ def _grown(b: Builder) -> Builder:
         b.attempt(_GROWERS[int(b.rng.choice(len(_GROWERS), p=weights))][2])
         if len(b.nodes) >= target:
             break
+    if b.twisted:
+        _twist(b)
     return b
 
 
@@ -1182,11 +1263,12 @@ def random_model(seed: int) -> ModelProto:
 
 
 def random_feeds(
-    model: ModelProto, seed: int, sizes: dict[str, int] | None = None
+    model: ModelProto, seed: int, sizes: dict[str, int] | None = None, scale: float = 1.0
 ) -> dict[str, np.ndarray]:
     """Inputs for a model: the free dimensions by name, or drawn from 1..3 (batch) and 7..12.
 
-    Initializers that are also graph inputs are overridden for half of the seeds.  Much larger sizes
+    Initializers that are also graph inputs are overridden for half of the seeds; the doc string of
+    an input may list its values.  Much larger sizes
     mostly work too, but a dimension that was 1 for all probes may no longer be.
     """
     rng = np.random.default_rng(seed)
@@ -1200,8 +1282,14 @@ def random_feeds(
         for dim in info.type.tensor_type.shape.dim:
             drawn = int(rng.integers(1, 4) if dim.dim_param == "batch" else rng.integers(7, 13))
             shape.append(free.setdefault(dim.dim_param, drawn) if dim.dim_param else dim.dim_value)
-        if info.name not in defaults:
-            feeds[info.name] = rng.normal(size=shape).astype(dtype)
+        if info.doc_string:
+            choices = json.loads(info.doc_string)
+            if info.name not in defaults or override:
+                feeds[info.name] = np.asarray(choices[int(rng.integers(len(choices)))], dtype)
+        elif info.name not in defaults and dtype.kind in "iu":
+            feeds[info.name] = rng.integers(-8, 9, shape).astype(dtype)
+        elif info.name not in defaults:
+            feeds[info.name] = (scale * rng.normal(size=shape)).astype(dtype)
         elif override:
             default = defaults[info.name]
             noise = rng.normal(0, 0.3, shape) * (default == 0)
