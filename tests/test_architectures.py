@@ -4,6 +4,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from torch import nn  # noqa: E402
+from torchvision.models import get_model  # noqa: E402
+
 import onnx_simplify  # noqa: E402
 import torch_bridge  # noqa: E402
 from onnx_simplify.planning import profiles  # noqa: E402
@@ -57,6 +60,27 @@ def test_pruned_architecture(name):
     assert report.after.parameters < 0.8 * report.before.parameters
     if name in IDEAL_GMACS:
         assert report.after.macs / 1e9 <= 1.01 * IDEAL_GMACS[name] + 5e-4
+
+
+@pytest.mark.parametrize("name", ["r3d_18", "mc3_18"])
+def test_video_network(name):
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = get_model(name, weights=None).eval()
+    with torch.no_grad():
+        for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm3d)):
+            for tensor in (norm.weight, norm.running_var):
+                nn.init.uniform_(tensor, 0.5, 1.5)
+            for tensor in (norm.bias, norm.running_mean):
+                nn.init.normal_(tensor, 0, 0.2)
+    torch_bridge.random_structured(model, 0.5, types=(nn.Conv3d,))
+    clips = torch.randn(2, 3, 4, 32, 32)
+    small = torch_bridge.simplify(model, clips[:1], dynamic_shapes={0: "batch"})
+    assert small.verification is not None and small.verification.worst <= 1e-5
+    with torch.no_grad():
+        expected = model(clips)
+    assert (small(clips) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert small.report.after.macs < 0.5 * small.report.before.macs
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])

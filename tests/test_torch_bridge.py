@@ -217,6 +217,25 @@ class Half(nn.Module):
 
 
 @pytest.mark.parametrize("exporter", EXPORTERS)
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_convolutions_without_bias(exporter, dims):
+    conv, norm = getattr(nn, f"Conv{dims}d"), getattr(nn, f"BatchNorm{dims}d")
+    model = randomised(
+        nn.Sequential(
+            conv(3, 8, 3, padding=1, bias=False), norm(8), nn.ReLU(), conv(8, 5, 3, bias=False)
+        )
+    )
+    torch_bridge.random_structured(model, 0.5, types=(conv,), skip=["3"])
+    example = images(1, 3, *[8] * dims)
+    small = torch_bridge.simplify(
+        model, example, exporter=exporter, dynamic_shapes={0: "batch"}, channel_multiple=1
+    )
+    assert channels(small) == [(8, 4), (5, 5)]
+    clips = images(2, 3, *[8] * dims)
+    assert error(small(clips), expected(model, clips)) < 1e-5
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
 def test_the_result_is_called_like_the_module(exporter):
     model = torch_bridge.random_structured(randomised(Dictionary()), 0.5)
     example = ((images(2, 3, 16, 16), 2), {"extra": images(2, 5)})
