@@ -676,6 +676,32 @@ def test_coupled_pruning():
     assert error(small(images()), wanted) < 1e-5
 
 
+class Split(nn.Module):
+    """Halves of a layer, the second through two residual layers, all concatenated."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU())
+        self.first = nn.Conv2d(16, 32, 1)
+        self.inner = nn.ModuleList([nn.Conv2d(16, 16, 3, padding=1) for _ in range(2)])
+        self.last, self.head = nn.Conv2d(64, 16, 1), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x):
+        parts = list(self.first(self.stem(x)).chunk(2, 1))
+        for layer in self.inner:
+            parts.append(parts[-1] + layer(parts[-1]))
+        return self.head(F.relu(self.last(torch.cat(parts, 1))))
+
+
+def test_coupled_pruning_leaves_what_torch_pruning_miscounts():
+    pytest.importorskip("torch_pruning")
+    with pytest.warns(UserWarning, match="cannot prune 1 of the 3 groups of Split: those of inner"):
+        masked, oracle = torch_bridge.coupled(randomised(Split()), images(), 0.5, round_to=4)
+    assert oracle.stem[0].out_channels == oracle.last.out_channels == 8
+    assert oracle.first.out_channels == 32
+    assert error(expected(masked, images()), expected(oracle, images())) < 1e-5
+
+
 def test_shares_are_checked():
     with pytest.raises(ValueError, match="amount is 1.5"):
         pruning.random_structured(Network(), 1.5)
