@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from dataclasses import dataclass
 
 import onnx
@@ -18,7 +19,8 @@ from torch.nn.utils import parametrizations, parametrize, prune  # noqa: E402
 
 import onnx_simplify  # noqa: E402
 import torch_bridge  # noqa: E402
-from onnx_simplify import VerificationError  # noqa: E402
+from onnx_simplify import SimplifyError, VerificationError  # noqa: E402
+from onnx_simplify.errors import RunError  # noqa: E402
 from torch_bridge import ExportError, pruning  # noqa: E402
 from torch_bridge.calls import Call  # noqa: E402
 
@@ -342,6 +344,56 @@ def test_an_export_that_differs_is_blamed_on_the_exporter():
         torch_bridge.simplify(Branch(), torch.zeros(1, 4), exporter="torchscript")
 
 
+class Anchored(nn.Module):
+    """A detector whose anchors are made for the size of the images, in Python."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x):
+        boxes = self.head(F.relu(self.stem(x)))
+        height, width = map(int, boxes.shape[2:])
+        anchors = [[i, j, i + 8, j + 8] for i in range(height) for j in range(width)]
+        return boxes.flatten(2).transpose(1, 2) + torch.tensor(anchors)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_sizes_that_the_recording_froze_end_in_one_line():
+    model = torch_bridge.random_structured(randomised(Anchored()), 0.5, skip=["head"])
+    small = torch_bridge.simplify(model, images(), exporter="torchscript")
+    assert error(small(images() + 1), expected(model, images() + 1)) < 1e-5
+    with pytest.raises(VerificationError) as caught:
+        torch_bridge.simplify(
+            model, images(), exporter="torchscript", dynamic_shapes={2: "height", 3: "width"}
+        )
+    (line,) = str(caught.value).splitlines()
+    assert "the model does not take x [1, 3, 32, 32]: " in line
+    assert line.endswith("the exported model: try the other exporter, or fewer dynamic_shapes")
+
+
+def test_an_export_that_does_not_run(monkeypatch):
+    exporting = sys.modules["torch_bridge.export"]  # the package has a function of that name
+    monkeypatch.setattr(exporting, "_drop_zero_biases", lambda model: None)
+    model = nn.Conv3d(3, 4, 3, bias=False)
+    for verify in (True, False):
+        with pytest.raises(SimplifyError) as caught:
+            torch_bridge.simplify(model, images(1, 3, 4, 4, 4), verify=verify)
+        (line,) = str(caught.value).splitlines()
+        assert line.startswith("the exported model does not run on the example inputs")
+        assert "bias must be a 1D tensor" in line and "--" not in line
+
+
+def test_a_model_that_onnxruntime_does_not_load():
+    small = torch_bridge.simplify(pruned_network(), images(), exporter="torchscript")
+    small.onnx_model.graph.node[0].domain = "nowhere"
+    small.onnx_model.opset_import.add(domain="nowhere", version=1)
+    small = pickle.loads(pickle.dumps(small))  # the session is opened again
+    for use in (lambda: small(images()), lambda: small.session, small.benchmark):
+        with pytest.raises(RunError, match="^onnxruntime cannot load the model: [^\n]*nowhere"):
+            use()
+
+
 class Lambda(nn.Module):
     """A module out of a function."""
 
@@ -479,7 +531,7 @@ def test_attention_is_exported_by_its_parts():
 def test_calls_that_do_not_fit():
     small = torch_bridge.simplify(pruned_network(), images(), exporter="torchscript")
     for wrong in (images(2, 3, 16, 16), images().double(), images(3, 16, 16)):
-        with pytest.raises(ValueError, match="the model does not take x"):
+        with pytest.raises(torch_bridge.CallError, match="^the model does not take x.*dynamic_sh"):
             small(wrong)
     flag = torch_bridge.simplify(Lambda(lambda _, x, k: x * k), (images(1, 4), 1))
     with pytest.raises(ValueError, match="is fixed"):
