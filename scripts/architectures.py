@@ -19,13 +19,15 @@ import onnx
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-PROTOCOLS = ("P1", "P1-80", "P1-in", "P1-slim", "P2")
+PROTOCOLS = ("P1", "P1-80", "P1-seed", "P1-in", "P1-slim", "P2")
 EXPORTERS = ("torchscript", "dynamo")
 LIMIT = 1e-5
 
 
-def models(name: str, protocol: str, exporter: str) -> Iterator[onnx.ModelProto]:
-    """The pruned model, and for P2 its oracle."""
+def models(
+    name: str, protocol: str, exporter: str, dynamic: bool = False
+) -> Iterator[onnx.ModelProto]:
+    """The pruned model, of one image or of any number of them, and for P2 its oracle."""
     import torch
 
     from torch_bridge import export, zoo
@@ -36,7 +38,13 @@ def models(name: str, protocol: str, exporter: str) -> Iterator[onnx.ModelProto]
     model = zoo.realistic(name)
     pruned = coupled(model, example) if protocol == "P2" else (zoo.prune(model, name, protocol),)
     for one in pruned:
-        yield export(one, example, exporter=exporter, fuse_batchnorm=False)
+        yield export(
+            one,
+            example,
+            dynamic_shapes={0: "batch"} if dynamic else None,
+            exporter=exporter,
+            fuse_batchnorm=False,
+        )
 
 
 def passes(dense: onnx.ModelProto, fold: bool = True) -> Iterator[onnx.ModelProto]:

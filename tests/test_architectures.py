@@ -1,8 +1,13 @@
 """Every torchvision architecture once: pruned, simplified, and equal to the torch model."""
 
+import numpy as np
+import onnxruntime as ort
 import pytest
 
 torch = pytest.importorskip("torch")
+
+from torch import nn  # noqa: E402
+from torchvision.models import get_model  # noqa: E402
 
 import onnx_simplify  # noqa: E402
 import torch_bridge  # noqa: E402
@@ -59,8 +64,60 @@ def test_pruned_architecture(name):
         assert report.after.macs / 1e9 <= 1.01 * IDEAL_GMACS[name] + 5e-4
 
 
+def outputs(model, images):
+    """What onnxruntime makes of them."""
+    session = ort.InferenceSession(model.SerializeToString())
+    (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    return found
+
+
+@pytest.mark.parametrize("name", ["shufflenet_v2_x0_5", "googlenet", "densenet121"])
+def test_any_number_of_images_with_batchnorm_kept_by_the_newer_exporter(name):
+    torch.set_num_threads(1)
+    model = zoo.prune(zoo.realistic(name), name, "P1-seed")
+    images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    dense = export(
+        model,
+        images[:1],
+        dynamic_shapes={0: "batch"},
+        exporter="dynamo",
+        fuse_batchnorm=False,
+    )
+    wanted = outputs(dense, images)
+    small, report = onnx_simplify.simplify(dense)
+    assert report.verification is not None and report.verification.worst <= 1e-5
+    assert report.after.parameters < 0.4 * report.before.parameters
+    results = [small]
+    for start in (dense, onnx_simplify.fold_batchnorm(dense)):
+        shifted = onnx_simplify.propagate_bias(start)
+        results += [start, shifted, onnx_simplify.remove_zeroed(shifted)]
+    for result in results:
+        assert np.abs(outputs(result, images) - wanted).max() <= 1e-5 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("name", ["r3d_18", "mc3_18"])
+def test_video_network(name):
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = get_model(name, weights=None).eval()
+    with torch.no_grad():
+        for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm3d)):
+            for tensor in (norm.weight, norm.running_var):
+                nn.init.uniform_(tensor, 0.5, 1.5)
+            for tensor in (norm.bias, norm.running_mean):
+                nn.init.normal_(tensor, 0, 0.2)
+    torch_bridge.random_structured(model, 0.5, types=(nn.Conv3d,))
+    clips = torch.randn(2, 3, 4, 32, 32)
+    small = torch_bridge.simplify(model, clips[:1], dynamic_shapes={0: "batch"})
+    assert small.verification is not None and small.verification.worst <= 1e-5
+    with torch.no_grad():
+        expected = model(clips)
+    assert (small(clips) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert small.report.after.macs < 0.5 * small.report.before.macs
+
+
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
-@pytest.mark.parametrize("protocol", ["P1-80", "P1-in", "P1-slim"])
+@pytest.mark.parametrize("protocol", ["P1-80", "P1-seed", "P1-in", "P1-slim"])
 def test_each_pass_under_the_newer_exporter(name, protocol):
     torch.set_num_threads(1)
     model = zoo.prune(zoo.realistic(name), name, protocol)

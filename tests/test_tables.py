@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import re
 import sys
+from itertools import groupby
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -15,6 +18,8 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import benchmark_table  # noqa: E402
 import publish  # noqa: E402
 import status_table  # noqa: E402
+from onnx_simplify.graph.model import load  # noqa: E402
+from onnx_simplify.runtime.reference import Reference  # noqa: E402
 
 
 @pytest.fixture
@@ -76,6 +81,55 @@ def test_environment_leaves_out_missing_packages():
 )
 def test_status_cells(rows, cells):
     assert [status_table.cell(rows, step) for step in range(3)] == cells
+
+
+def test_status_measures_the_models_of_a_protocol_one_after_the_other():
+    keys = status_table.keys(["a", "b"], ["P1", "P1-seed"], ["torchscript", "dynamo"])
+    assert len(keys) == len(set(keys)) == 2 * 2 * (1 + 2 * 3)
+    assert keys[0] == "a P1 torchscript static steps"
+    models = [key.rpartition(" ")[0] for key in keys]
+    assert len(list(groupby(models))) == len(set(models))
+
+
+def test_status_columns():
+    good, bad = {"errors": [1e-7, 2e-7], "stopped": None}, {"errors": [1e-7], "stopped": "x"}
+    rows = {key: good for key in status_table.keys(["a", "b"], status_table.PROTOCOLS, ["dynamo"])}
+    rows = {k: {**r, "errors": [1e-7] * 3} if "seed" not in k else r for k, r in rows.items()}
+    rows["a P1-seed dynamo dynamic at-once"] = bad
+    rows["b P1-seed dynamo static unfolded"] = {"errors": [3e-5], "stopped": None}
+    cells = [line.strip("| ").split(" | ") for line in status_table.table(rows, "ab").splitlines()]
+    titles = [title for title, _ in status_table.WAYS.values()]
+    assert cells[0] == ["architecture", *status_table.STEPS, *titles]
+    plain, both = ["✔ 1e-07"] * 3, "✔ 2e-07"
+    assert cells[2] == ["a", *plain, "⚠ error", both, both]
+    assert cells[3] == ["b", *plain, both, both, "✘ 3e-05"]
+    seed = {key: row for key, row in rows.items() if "seed" in key}
+    assert status_table.table(seed, "a").splitlines()[0].count("|") == 5
+
+
+@pytest.mark.parametrize("scale", [0.5, 0])
+@pytest.mark.parametrize("factor, passes", [(1, True), (1 + 3e-5, False)])
+def test_status_error(scale, factor, passes):
+    """Of a network that reacts to its input, and of one that does not."""
+
+    def network(factor: float) -> onnx.ModelProto:
+        return onnx.parser.parse_model(
+            f"""<ir_version: 8, opset_import: ["" : 17]>
+            g (float[2, 3] x) => (float[2, 3] y)
+            <float s = {{{scale:.1f}}}, float one = {{1.0}}, float c = {{{factor:.8f}}}>
+            {{ z = Mul(x, s)  w = Add(z, one)  y = Mul(w, c) }}"""
+        )
+
+    feeds = {"x": np.random.default_rng(0).standard_normal((2, 3), np.float32)}
+    reference = Reference(load(network(1)), input_data=feeds)
+    assert bool(reference.mute()) == (scale == 0)
+    assert (status_table.error(reference, network(factor)) <= status_table.LIMIT) == passes
+
+
+def test_status_names_networks_whose_output_is_always_the_same():
+    rows = {"a P1-seed dynamo static steps": {"errors": [0], "stopped": None, "constant": True}}
+    assert status_table.note(["P1-seed"], ["dynamo"], rows).endswith("is the output of a.")
+    assert "same" not in status_table.note(["P1-seed"], ["dynamo"], {})
 
 
 def timing(median: float) -> dict[str, float]:

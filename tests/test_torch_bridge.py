@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from dataclasses import dataclass
 
 import onnx
@@ -18,7 +19,8 @@ from torch.nn.utils import parametrizations, parametrize, prune  # noqa: E402
 
 import onnx_simplify  # noqa: E402
 import torch_bridge  # noqa: E402
-from onnx_simplify import VerificationError  # noqa: E402
+from onnx_simplify import SimplifyError, VerificationError  # noqa: E402
+from onnx_simplify.errors import RunError  # noqa: E402
 from torch_bridge import ExportError, pruning  # noqa: E402
 from torch_bridge.calls import Call  # noqa: E402
 
@@ -217,6 +219,25 @@ class Half(nn.Module):
 
 
 @pytest.mark.parametrize("exporter", EXPORTERS)
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_convolutions_without_bias(exporter, dims):
+    conv, norm = getattr(nn, f"Conv{dims}d"), getattr(nn, f"BatchNorm{dims}d")
+    model = randomised(
+        nn.Sequential(
+            conv(3, 8, 3, padding=1, bias=False), norm(8), nn.ReLU(), conv(8, 5, 3, bias=False)
+        )
+    )
+    torch_bridge.random_structured(model, 0.5, types=(conv,), skip=["3"])
+    example = images(1, 3, *[8] * dims)
+    small = torch_bridge.simplify(
+        model, example, exporter=exporter, dynamic_shapes={0: "batch"}, channel_multiple=1
+    )
+    assert channels(small) == [(8, 4), (5, 5)]
+    clips = images(2, 3, *[8] * dims)
+    assert error(small(clips), expected(model, clips)) < 1e-5
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
 def test_the_result_is_called_like_the_module(exporter):
     model = torch_bridge.random_structured(randomised(Dictionary()), 0.5)
     example = ((images(2, 3, 16, 16), 2), {"extra": images(2, 5)})
@@ -321,6 +342,56 @@ def test_an_export_that_differs_is_blamed_on_the_exporter():
 
     with pytest.raises(VerificationError, match="so does the exported model: try the other"):
         torch_bridge.simplify(Branch(), torch.zeros(1, 4), exporter="torchscript")
+
+
+class Anchored(nn.Module):
+    """A detector whose anchors are made for the size of the images, in Python."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x):
+        boxes = self.head(F.relu(self.stem(x)))
+        height, width = map(int, boxes.shape[2:])
+        anchors = [[i, j, i + 8, j + 8] for i in range(height) for j in range(width)]
+        return boxes.flatten(2).transpose(1, 2) + torch.tensor(anchors)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_sizes_that_the_recording_froze_end_in_one_line():
+    model = torch_bridge.random_structured(randomised(Anchored()), 0.5, skip=["head"])
+    small = torch_bridge.simplify(model, images(), exporter="torchscript")
+    assert error(small(images() + 1), expected(model, images() + 1)) < 1e-5
+    with pytest.raises(VerificationError) as caught:
+        torch_bridge.simplify(
+            model, images(), exporter="torchscript", dynamic_shapes={2: "height", 3: "width"}
+        )
+    (line,) = str(caught.value).splitlines()
+    assert "the model does not take x [1, 3, 32, 32]: " in line
+    assert line.endswith("the exported model: try the other exporter, or fewer dynamic_shapes")
+
+
+def test_an_export_that_does_not_run(monkeypatch):
+    exporting = sys.modules["torch_bridge.export"]  # the package has a function of that name
+    monkeypatch.setattr(exporting, "_drop_zero_biases", lambda model: None)
+    model = nn.Conv3d(3, 4, 3, bias=False)
+    for verify in (True, False):
+        with pytest.raises(SimplifyError) as caught:
+            torch_bridge.simplify(model, images(1, 3, 4, 4, 4), verify=verify)
+        (line,) = str(caught.value).splitlines()
+        assert line.startswith("the exported model does not run on the example inputs")
+        assert "bias must be a 1D tensor" in line and "--" not in line
+
+
+def test_a_model_that_onnxruntime_does_not_load():
+    small = torch_bridge.simplify(pruned_network(), images(), exporter="torchscript")
+    small.onnx_model.graph.node[0].domain = "nowhere"
+    small.onnx_model.opset_import.add(domain="nowhere", version=1)
+    small = pickle.loads(pickle.dumps(small))  # the session is opened again
+    for use in (lambda: small(images()), lambda: small.session, small.benchmark):
+        with pytest.raises(RunError, match="^onnxruntime cannot load the model: [^\n]*nowhere"):
+            use()
 
 
 class Lambda(nn.Module):
@@ -460,7 +531,7 @@ def test_attention_is_exported_by_its_parts():
 def test_calls_that_do_not_fit():
     small = torch_bridge.simplify(pruned_network(), images(), exporter="torchscript")
     for wrong in (images(2, 3, 16, 16), images().double(), images(3, 16, 16)):
-        with pytest.raises(ValueError, match="the model does not take x"):
+        with pytest.raises(torch_bridge.CallError, match="^the model does not take x.*dynamic_sh"):
             small(wrong)
     flag = torch_bridge.simplify(Lambda(lambda _, x, k: x * k), (images(1, 4), 1))
     with pytest.raises(ValueError, match="is fixed"):
@@ -655,6 +726,32 @@ def test_coupled_pruning():
     small = torch_bridge.simplify(masked, images(), exporter="torchscript", channel_multiple=1)
     assert channels(small) == [(16, 8)] * 5
     assert error(small(images()), wanted) < 1e-5
+
+
+class Split(nn.Module):
+    """Halves of a layer, the second through two residual layers, all concatenated."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU())
+        self.first = nn.Conv2d(16, 32, 1)
+        self.inner = nn.ModuleList([nn.Conv2d(16, 16, 3, padding=1) for _ in range(2)])
+        self.last, self.head = nn.Conv2d(64, 16, 1), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x):
+        parts = list(self.first(self.stem(x)).chunk(2, 1))
+        for layer in self.inner:
+            parts.append(parts[-1] + layer(parts[-1]))
+        return self.head(F.relu(self.last(torch.cat(parts, 1))))
+
+
+def test_coupled_pruning_leaves_what_torch_pruning_miscounts():
+    pytest.importorskip("torch_pruning")
+    with pytest.warns(UserWarning, match="cannot prune 1 of the 3 groups of Split: those of inner"):
+        masked, oracle = torch_bridge.coupled(randomised(Split()), images(), 0.5, round_to=4)
+    assert oracle.stem[0].out_channels == oracle.last.out_channels == 8
+    assert oracle.first.out_channels == 32
+    assert error(expected(masked, images()), expected(oracle, images())) < 1e-5
 
 
 def test_shares_are_checked():

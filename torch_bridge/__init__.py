@@ -7,6 +7,7 @@ needs the ``pruning`` extra as well. Nothing in ``onnx_simplify`` imports this p
 from torch_bridge.export import ExportError, export
 from torch_bridge.pruning import coupled, ln_structured, random_structured, slim
 from torch_bridge.simplify import (
+    CallError,
     SimplifiedModel,
     fuse,
     get_bn_folding,
@@ -17,6 +18,7 @@ from torch_bridge.simplify import (
 )
 
 __all__ = [
+    "CallError",
     "ExportError",
     "SimplifiedModel",
     "coupled",

@@ -387,11 +387,26 @@ def _tidy(model: Any) -> None:
 
     passes.InlinePass()(model)
     optimizer.fold_constants(model)
+    _drop_zero_biases(model)
     optimizer.remove_unused_nodes(model)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     passes.DeduplicateInitializersPass()(model)
     passes.CommonSubexpressionEliminationPass()(model)
     passes.OutputFixPass()(model)
+
+
+def _drop_zero_biases(model: Any) -> None:
+    """Take from convolutions the bias of zeros that the exporter makes up where there is none.
+
+    That of a three-dimensional convolution has a rank that no runtime accepts. The exporter leaves
+    it to its rewrite rules to remove them.
+    """
+    for node in model.graph.all_nodes():
+        if node.domain == "" and node.op_type == "Conv" and len(node.inputs) == 3:
+            bias = node.inputs[2]
+            value = None if bias is None else bias.const_value
+            if value is not None and not value.numpy().any():
+                node.resize_inputs(2)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -263,7 +263,8 @@ def coupled(
     biases, and the weights and biases of its BatchNorms are zero; in the oracle torch-pruning has
     removed them, and the inputs that read them. Both compute the same function, which is checked
     on ``example_inputs``: groups that torch-pruning gets wrong (it takes a channel shuffle for an
-    elementwise operation) are left whole in both models, with a warning.
+    elementwise operation, and miscounts the channels of a concatenation that holds parts of a
+    split) are left whole in both models, with a warning.
 
     Layers whose channels are those of the model's output stay whole. Grouped convolutions lose
     the same positions of each of their groups.
@@ -294,21 +295,21 @@ def coupled(
         steps = _plan(tp, model, call, ratio, round_to, seed)
         if not steps:
             raise ValueError(f"{type(model).__name__} has no group of channels to prune")
-        pair = _apply(tp, model, call, steps)
-        if _agree(pair, call):
-            return pair
-        sound = [step for step in steps if _agree(_apply(tp, model, call, [step]), call)]
-        pair = _apply(tp, model, call, sound)
-        if not sound or not _agree(pair, call):
+        pair, done = _apply(tp, model, call, steps)
+        if not _agree(pair, call):
+            sound = [step for step in steps if _agree(_apply(tp, model, call, [step])[0], call)]
+            pair, done = _apply(tp, model, call, sound)
+        if not done or not _agree(pair, call):
             raise ValueError(
                 f"torch-pruning changes what {type(model).__name__} computes, whatever it removes"
             )
-    left = [step.root for step in steps if step not in sound]
-    warnings.warn(
-        f"torch-pruning cannot prune {len(left)} of the {len(steps)} groups of "
-        f"{type(model).__name__}: those of {', '.join(left)}",
-        stacklevel=2,
-    )
+    left = [step.root for step in steps if step not in done]
+    if left:
+        warnings.warn(
+            f"torch-pruning cannot prune {len(left)} of the {len(steps)} groups of "
+            f"{type(model).__name__}: those of {', '.join(left)}",
+            stacklevel=2,
+        )
     return pair
 
 
@@ -420,12 +421,16 @@ def _fits(graph: Any, group: Any) -> bool:
     if not graph.check_pruning_group(group):
         return False
     for item in group:
+        output = graph.is_out_channel_pruning_fn(item.dep.handler)
+        count = graph.get_out_channels if output else graph.get_in_channels
+        channels = count(item.dep.target.module)
+        # Behind a concatenation of what a split returns, torch-pruning counts on past the end.
+        if channels is not None and not all(0 <= i < channels for i in item.idxs):
+            return False
         parts = _parts(graph, item.dep)
         if parts == 1:
             continue
-        output = graph.is_out_channel_pruning_fn(item.dep.handler)
-        count = graph.get_out_channels if output else graph.get_in_channels
-        size = count(item.dep.target.module) // parts
+        size = channels // parts
         positions = [[i % size for i in item.idxs if i // size == part] for part in range(parts)]
         if any(sorted(position) != sorted(positions[0]) for position in positions):
             return False
@@ -434,8 +439,8 @@ def _fits(graph: Any, group: Any) -> bool:
 
 def _apply(
     tp: Any, model: nn.Module, call: Callable[[nn.Module], Any], steps: Sequence[_Step]
-) -> tuple[nn.Module, nn.Module]:
-    """The masked model and the oracle after these steps; a step that does not fit is left out."""
+) -> tuple[tuple[nn.Module, nn.Module], list[_Step]]:
+    """The masked model and the oracle after those of these steps that fit, and which these are."""
     masked, oracle = copy.deepcopy(model).eval(), copy.deepcopy(model).eval()
     graph = _graph(tp, oracle, call)
     names = {module: name for name, module in oracle.named_modules()}
@@ -445,6 +450,7 @@ def _apply(
         for module, name in names.items()
         if module in graph.module2node and isinstance(module, (_ConvNd, nn.Linear, _BatchNorm))
     }
+    done = []
     for step in steps:
         root = oracle.get_submodule(step.root)
         gone = set(step.channels)
@@ -460,10 +466,11 @@ def _apply(
                 _silence(masked.get_submodule(name), [left[name][place] for place in places])
                 left[name] = [n for place, n in enumerate(left[name]) if place not in places]
         group.prune()
+        done.append(step)
     wanted = dict(model.named_parameters())
     for name, parameter in oracle.named_parameters():
         parameter.requires_grad_(wanted[name].requires_grad)
-    return masked, oracle
+    return (masked, oracle), done
 
 
 @torch.no_grad()

@@ -34,8 +34,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
 import onnx_simplify
-from onnx_simplify import PASSES, Report, VerificationError
-from onnx_simplify.errors import first_line
+from onnx_simplify import PASSES, CannotVerifyError, ModelError, Report, VerificationError
+from onnx_simplify.errors import RunError
 from onnx_simplify.graph.model import load
 from onnx_simplify.pipeline import is_half
 from onnx_simplify.runtime.benchmark import Timing, time_calls
@@ -49,6 +49,10 @@ from torch_bridge.export import Exported, Exporter, ExportError, export_traced, 
 _LAYERS = (_ConvNd, nn.Linear, _BatchNorm)
 # Sizes of images to try where no example is given.
 _GUESSES = (224, 299, 64, 32, 512)
+
+
+class CallError(RunError, ValueError):
+    """A call with sizes or types that the ONNX model does not take."""
 
 
 @dataclass(frozen=True)
@@ -166,18 +170,18 @@ class SimplifiedModel:
 
         Raises:
             TypeError: the arguments do not fit the module's signature.
-            ValueError: they are not those that were exported, or of other sizes or types.
+            ValueError: they are not those that were exported.
+            CallError: they are of other sizes or types.
+            RunError: onnxruntime cannot load the model.
         """
         call = Call.of(self._stage.signature.model, (args, kwargs))
         feeds = self._stage.signature.feeds(call)
         device = next((t.device for t in call.tensors()), torch.device("cpu"))
         try:
-            arrays = self._session.run(feeds)
-        except Exception as error:  # onnxruntime raises many types
-            sizes = ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
-            raise ValueError(
-                f"the model does not take {sizes}: {first_line(error)} "
-                "(dimensions that vary must be exported with dynamic_shapes)"
+            arrays = _run(self._session, feeds)
+        except CallError as error:
+            raise CallError(
+                f"{error} (dimensions that vary must be exported with dynamic_shapes)"
             ) from error
         return self._stage.signature.outputs_of(arrays, device)
 
@@ -187,13 +191,17 @@ class SimplifiedModel:
 
     @property
     def session(self) -> ort.InferenceSession:
-        """An onnxruntime session of the model, on the CPU with default options."""
+        """An onnxruntime session of the model, on the CPU with default options.
+
+        Raises:
+            RunError: onnxruntime cannot load the model.
+        """
         return self._session.raw
 
     @property
     def _session(self) -> Session:
         if self._opened is None:
-            self._opened = Session(load(self.onnx_model), optimize=True)
+            self._opened = _open(self.onnx_model)
         return self._opened
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -215,12 +223,15 @@ class SimplifiedModel:
 
         Returns:
             Median and quartiles in milliseconds of ``dense``, ``simplified`` and ``torch``.
+
+        Raises:
+            RunError: onnxruntime cannot load or run one of the models.
         """
         example = self._stage.signature.example
         feeds = self._stage.signature.feeds(example)
         calls: dict[str, Callable[[], object]] = {}
         for name, proto in (("dense", self._stage.dense), ("simplified", self.onnx_model)):
-            calls[name] = partial(Session(load(proto), threads=threads, optimize=True).run, feeds)
+            calls[name] = partial(_run, _open(proto, threads=threads), feeds)
         if not eager:
             return time_calls(calls, rounds=rounds)
         before = torch.get_num_threads()
@@ -274,7 +285,8 @@ def simplify(
 
     Raises:
         ExportError: the module cannot be exported.
-        VerificationError: the result differs from the module.
+        CannotVerifyError: the exported model does not run on the example inputs.
+        VerificationError: the result differs from the module, or does not run where that does.
         ValueError: a name of no module, a pair that cannot be folded, or no example inputs where
             they cannot be guessed.
         TypeError: ``model`` is no module, or the inputs do not fit its signature.
@@ -287,17 +299,22 @@ def simplify(
     if lost:
         raise ValueError(f"cannot pin '{lost[0]}': the model does not run it, or a step removed it")
     feeds = start.signature.feeds(start.signature.example)
-    proto, report = onnx_simplify.simplify(
-        start.proto,
-        pinned=[tensor for name in pinned for tensor in start.tensors[name]],
-        skip=skip,
-        bn_folding=None if bn_folding is None else _nodes(start, bn_folding),
-        input_data=feeds,
-        verify=verify,
-        rtol=rtol,
-        target=target,
-        channel_multiple=channel_multiple,
-    )
+    nodes = None if bn_folding is None else _nodes(start, bn_folding)
+    try:
+        proto, report = onnx_simplify.simplify(
+            start.proto,
+            pinned=[tensor for name in pinned for tensor in start.tensors[name]],
+            skip=skip,
+            bn_folding=nodes,
+            input_data=feeds,
+            verify=verify,
+            rtol=rtol,
+            target=target,
+            channel_multiple=channel_multiple,
+        )
+    except (ModelError, CannotVerifyError, RunError):
+        _check_exported(start.proto, feeds)
+        raise
     tensors = _survivors(start.proto, proto, start.tensors)
     result = SimplifiedModel(_Stage(proto, start.dense, start.signature, tensors), report)
     if verify:
@@ -535,6 +552,50 @@ def _survivors(
 
 
 # ------------------------------------------------------------------------------------------------
+# onnxruntime
+
+
+def _open(proto: onnx.ModelProto, *, threads: int = 0, optimize: bool = True) -> Session:
+    """A session of a model; see `Session`.
+
+    Raises:
+        RunError: onnxruntime cannot load it.
+    """
+    try:
+        return Session(load(proto), threads=threads, optimize=optimize)
+    except RunError as error:
+        raise RunError(f"onnxruntime cannot load the model: {error}") from error
+
+
+def _run(session: Session, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """What a model returns.
+
+    Raises:
+        CallError: it does not run on these inputs.
+    """
+    try:
+        return session.run(feeds)
+    except RunError as error:
+        sizes = ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
+        raise CallError(f"the model does not take {sizes}: {error}") from error
+
+
+def _check_exported(proto: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> None:
+    """Tell an export that went wrong from other troubles.
+
+    Raises:
+        CannotVerifyError: the model does not run on the example inputs.
+    """
+    try:
+        _run(_open(proto, optimize=False), feeds)
+    except RunError as error:
+        raise CannotVerifyError(
+            "the exported model does not run on the example inputs: try the other exporter "
+            f"({error})"
+        ) from error
+
+
+# ------------------------------------------------------------------------------------------------
 # Inputs and outputs
 
 
@@ -601,17 +662,17 @@ def _compare(model: SimplifiedModel, rtol: float | None) -> Verification:
                 )
             wanted = [tensor.detach().cpu().numpy() for tensor in tensors_of(expected)]
             feeds = signature.feeds(call)
-            gap, reason = difference(wanted, model._session.run(feeds))
+            gap, reason = _gap(wanted, model._session, feeds)
             result.runs += 1
             result.sizes.append({})
             result.worst = max(result.worst, gap)
             if not gap <= tolerance:
-                exported = difference(wanted, Session(load(model._stage.dense)).run(feeds))[0]
-                blame = (
-                    "; so does the exported model: try the other exporter"
-                    if not exported <= tolerance
-                    else ""
-                )
+                blame = ""
+                dense = _open(model._stage.dense, optimize=False)
+                if not _gap(wanted, dense, feeds)[0] <= tolerance:
+                    blame = "; so does the exported model: try the other exporter"
+                    if _shapes(call) != _shapes(signature.example):
+                        blame += ", or fewer dynamic_shapes"
                 raise VerificationError(
                     "the result differs from the torch model"
                     f" ({reason or f'relative error {gap:.2g}'}){blame}"
@@ -619,12 +680,22 @@ def _compare(model: SimplifiedModel, rtol: float | None) -> Verification:
     return result
 
 
+def _gap(
+    wanted: list[np.ndarray], session: Session, feeds: dict[str, np.ndarray]
+) -> tuple[float, str]:
+    """The relative error of a model's outputs, and what is wrong if not a matter of numbers."""
+    try:
+        return difference(wanted, _run(session, feeds))
+    except CallError as error:
+        return float("inf"), str(error)
+
+
 def _calls(model: SimplifiedModel) -> Iterator[Call]:
     """The example, random inputs of its shapes, and larger ones where shapes are dynamic."""
     stage = model._stage
     module, example = stage.signature.model, stage.signature.example
     yield example
-    shapes = [tuple(tensor.shape) for tensor in example.tensors()]
+    shapes = _shapes(example)
     yield _varied(module, example, shapes, 1)
     if not all(tensor.is_floating_point() for tensor in example.tensors()):
         # In a run of their own: the module may not accept other integers.
@@ -640,6 +711,11 @@ def _calls(model: SimplifiedModel) -> Iterator[Call]:
                 for size, free in zip(shapes[k], dynamic[name], strict=True)
             )
         yield _varied(module, example, shapes, 2)
+
+
+def _shapes(call: Call) -> list[tuple[int, ...]]:
+    """The shapes of a call's tensors."""
+    return [tuple(tensor.shape) for tensor in call.tensors()]
 
 
 def _varied(

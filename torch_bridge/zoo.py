@@ -5,7 +5,7 @@ is zero, and propagating its constant can never go wrong. `realistic` gives ever
 weights, biases and statistics in which a mistake shows, from nothing but a seed: nothing is
 downloaded. `prune` then prunes it by one of the named protocols. Needs torchvision.
 
-The list of architectures and the protocol "P1" are those of `Simplify
+The list of architectures and the protocols "P1" and "P1-seed" are those of `Simplify
 <https://github.com/EIDOSlab/simplify>`_ (Bragagnolo and Barbano, "Simplify: A Python library for
 optimizing pruned neural networks", SoftwareX 2022). Pruning coupled layers together is
 `torch_bridge.pruning.coupled`.
@@ -63,8 +63,8 @@ ARCHITECTURES: tuple[str, ...] = (
     "mnasnet1_3",
 )
 
-Protocol = Literal["P1", "P1-80", "P1-in", "P1-slim"]
-PROTOCOLS: tuple[Protocol, ...] = ("P1", "P1-80", "P1-in", "P1-slim")
+Protocol = Literal["P1", "P1-80", "P1-seed", "P1-in", "P1-slim"]
+PROTOCOLS: tuple[Protocol, ...] = ("P1", "P1-80", "P1-seed", "P1-in", "P1-slim")
 
 # Heads for training alone, and a first step that rescales ImageNet's colours, are left out.
 _OPTIONS: dict[str, dict[str, Any]] = {
@@ -136,8 +136,9 @@ def prune(
 
     ============  ========================================================================
     ``P1``        half of the filters of every convolution
-    ``P1-80``     80% of the filters of every convolution, and of the weights of every
-                  BatchNorm, chosen independently
+    ``P1-80``     80% of the filters of every convolution
+    ``P1-seed``   80% of the filters of every convolution, and of the weights of every
+                  BatchNorm2d, chosen independently
     ``P1-in``     half of the input channels of every convolution
     ``P1-slim``   half of the weights of every BatchNorm
     ============  ========================================================================
@@ -146,7 +147,7 @@ def prune(
     last convolution, which is its classifier, is not pruned.
 
     Pruned outputs vary little with the input beside their constant part: by 0.1% of the largest
-    one or less in small architectures under ``P1``, and not at all in many under ``P1-80``. A
+    one or less in small architectures under ``P1``, and not at all in many under ``P1-seed``. A
     comparison of outputs must be sharper than that.
 
     Args:
@@ -165,11 +166,11 @@ def prune(
     """
     _check_name(name)
     skip = ("classifier.1",) if name.startswith("squeezenet") else ()
-    share = (0.8 if protocol == "P1-80" else 0.5) if amount is None else amount
+    share = (0.8 if protocol in ("P1-80", "P1-seed") else 0.5) if amount is None else amount
     match protocol:
-        case "P1":
+        case "P1" | "P1-80":
             return random_structured(model, share, 0, seed, skip=skip)
-        case "P1-80":
+        case "P1-seed":
             return random_structured(model, share, 0, seed, (nn.Conv2d, nn.BatchNorm2d), skip)
         case "P1-in":
             return random_structured(model, share, 1, seed, skip=skip)
