@@ -1,6 +1,8 @@
 # Every target sets up what it needs in .venv; PYTHON names the interpreter that makes it.
 PYTHON ?= python3
 PYTEST_FLAGS ?= -n auto --dist worksteal
+# What `make test-versions` tries: some combinations, or all.
+VERSIONS ?= some
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,16 +12,19 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 # One thread per test worker: the workers fill the cores already.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS)
+FAST := -m "not slow and not torch"
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo check test test-slow lint sample clean
+.PHONY: help demo check test test-slow test-versions lint sample clean
 
 help:
 	@echo "make demo       simplify and benchmark the sample model (no torch needed)"
 	@echo "make check      lint and fast tests without torch: the loop while working"
 	@echo "make test       all tests but the slow ones"
 	@echo "make test-slow  the slow tests"
+	@echo "make test-versions  the fast tests on other Pythons and at the lowest versions promised;"
+	@echo "                with VERSIONS=all, in all combinations of these"
 	@echo "make lint       ruff and mypy"
 	@echo "make sample     make the sample model anew"
 	@echo "make clean      remove everything made here, .venv included"
@@ -43,13 +48,16 @@ demo: $(VENV)/core
 	$(BIN)/python -m onnx_simplify $(SAMPLE) build/demo/sample-simplified.onnx --benchmark
 
 check: lint
-	$(PYTEST) -m "not slow and not torch"
+	$(PYTEST) $(FAST)
 
 test: $(VENV)/extra-test
 	$(PYTEST) -m "not slow"
 
 test-slow: $(VENV)/extra-test
 	$(PYTEST) -m slow
+
+test-versions:
+	OMP_NUM_THREADS=1 $(PYTHON) scripts/try_versions.py $(VERSIONS) $(PYTEST_FLAGS) $(FAST)
 
 lint: $(VENV)/extra-check
 	$(BIN)/python -m ruff check .

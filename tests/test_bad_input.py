@@ -20,6 +20,7 @@ import onnx_simplify
 from build import initializer, node, random_feeds, run, set_initializer, small_cnn
 from onnx_simplify.errors import ModelError
 from onnx_simplify.graph import store
+from versions import has_onnxruntime, needs_onnxruntime
 
 Snapshot = dict[str, bytes | None]
 
@@ -30,6 +31,12 @@ def snapshot(folder: Path) -> Snapshot:
         str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
         for p in folder.rglob("*")
     }
+
+
+@pytest.fixture
+def cli(isolated_cli: Callable) -> Callable:
+    """A damaged model may bring down the process."""
+    return isolated_cli
 
 
 @pytest.fixture
@@ -379,7 +386,10 @@ def test_names_that_are_no_unicode(refuses, folder, field):
     [
         ("conv1.weight", (16, 4, 3, 3)),
         ("conv2.weight", (24, 16, 3)),
-        ("conv1.bias", (7,)),
+        pytest.param(
+            *("conv1.bias", (7,)),
+            marks=needs_onnxruntime("1.30", "biases are read past their end"),
+        ),
         ("batchnormalization1.weight", (7,)),
         ("batchnormalization2.var", (24, 1)),
         ("gemm1.weight", (5, 7)),
@@ -406,7 +416,9 @@ def test_shapes_that_contradict_each_other(refuses, cli, folder, name, shape):
         ("strides", [0, 0]),
         ("pads", [1, 1]),
         ("kernel_shape", [5, 5]),
-        ("dilations", [0, 1]),
+        pytest.param(
+            *("dilations", [0, 1]), marks=needs_onnxruntime("1.26", "dilations of zero are allowed")
+        ),
         ("auto_pad", "SOMEHOW"),
     ],
     ids=str,
@@ -418,7 +430,9 @@ def test_attributes_out_of_range(refuses, cli, folder, name, value):
         del conv.attribute[:]
     conv.attribute.append(helper.make_attribute(name, value))
     (folder / "in.onnx").write_bytes(model.SerializeToString())
-    refuses(folder / "in.onnx", folder / "out.onnx", code=3)
+    # Strides of zero crash older versions of onnxruntime.
+    crash = name == "strides" and not has_onnxruntime("1.28")
+    refuses(folder / "in.onnx", folder / "out.onnx", code=2 if crash else 3)
     for options in (["--no-verify"], ["--inspect"]):
         result = cli(folder / "in.onnx", folder / "out.onnx", *options)
         assert result.code in (0, 2) and "internal error" not in result.err

@@ -374,9 +374,15 @@ def test_input_shape_when_none_is_declared(cli, model, path):
     model.graph.input[0].type.tensor_type.ClearField("shape")
     onnx.save(model, path)
     out = path.with_name("out.onnx")
-    assert cli(path, out).code == 3 and not out.exists()
-    assert cli(path, out, "--input-shape", "image:1,3,12,12").code == 0
-    assert_same_function(model, out, feeds)
+    result = cli(path, out)
+    assert result.code == 3 and "'image' has no shape" in result.err and not out.exists()
+    np.savez(path.with_name("data.npz"), **feeds[0])
+    for options in (
+        ["--input-shape", "image:1,3,12,12"],
+        ["--input-data", path.with_name("data.npz")],
+    ):
+        assert cli(path, out, *options).code == 0
+        assert_same_function(model, out, feeds)
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ from onnx_simplify import (
     simplify,
     verify,
 )
+from versions import opsets
 
 # Each function from model to model, and what of the networks here it leaves.
 STEPS: dict[str, Callable[..., ModelProto]] = {
@@ -218,7 +219,7 @@ def test_through_a_file(cli, tmp_path):
 # Versions.
 
 
-@pytest.mark.parametrize("opset", [7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22])
+@pytest.mark.parametrize("opset", opsets(range(7, 23)))
 def test_opset(opset):
     model = small_cnn(opset=opset).model()
     result, report = simplify(model)

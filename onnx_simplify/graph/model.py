@@ -863,6 +863,10 @@ def _forgive(model: ModelProto) -> None:
     for info in (*graph.input, *graph.output):
         if info.type.HasField("tensor_type"):
             info.type.tensor_type.shape.SetInParent()
+    # Older checkers know only the short name of the default domain.
+    if "" not in {o.domain for o in model.opset_import}:
+        for item in (*model.opset_import, *all_nodes(graph)):
+            item.domain = "" if item.domain == "ai.onnx" else item.domain
 
 
 def _import_domains(model: ModelProto) -> None:

@@ -37,11 +37,15 @@ STYLES = ("random", "positive", "ones", "all ones", "zeros", "range", "sizes", "
 
 @dataclass
 class InputSpec:
-    """One graph input: name, numpy dtype, and dims (an int, or the name of a free dimension)."""
+    """One graph input: name, numpy dtype, and dims (an int, or the name of a free dimension).
+
+    Where not even their number is known, ``ranked`` is false.
+    """
 
     name: str
     dtype: np.dtype
     dims: list[int | str]
+    ranked: bool = True
 
 
 def input_specs(model: Model, shapes: Mapping[str, Sequence[int]] | None = None) -> list[InputSpec]:
@@ -79,7 +83,8 @@ def input_specs(model: Model, shapes: Mapping[str, Sequence[int]] | None = None)
                     )
             dims = list(given)
         dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type or TensorProto.FLOAT)
-        specs.append(InputSpec(info.name, np.dtype(dtype), dims))
+        ranked = given is not None or kind.HasField("shape")
+        specs.append(InputSpec(info.name, np.dtype(dtype), dims, ranked))
     if shapes:
         known = ", ".join(s.name for s in specs) or "none"
         raise ModelError(f"no input is named '{next(iter(shapes))}' (inputs: {known})")
@@ -248,11 +253,18 @@ def make_feeds(
             accept that want ratios, divisors, axes or lengths: floats in (0, 1) (``positive``),
             integers that are one, zero, minus one, the largest free size or different from each
             other (``ones``, ``zeros``, ``minus one``, ``sizes``, ``range``), ``all ones``.
+            Integers to divide by are never zero.
+
+    Raises:
+        CannotVerifyError: it is not known how many dimensions an input has.
     """
     random = np.random.default_rng(seed)
     feeds = {}
-    bounds = _index_bounds(model)
+    bounds, divisors = _uses(model)
     for spec in specs:
+        if not spec.ranked:
+            # Older versions of onnxruntime abort on too few dimensions.
+            raise CannotVerifyError(f"input '{spec.name}' has no shape: give --input-shape")
         shape = [sizes[d] if isinstance(d, str) else d for d in spec.dims]
         values: np.ndarray
         if spec.dtype.kind in "iu":
@@ -264,6 +276,9 @@ def make_feeds(
                 values = np.full(shape, max(sizes.values(), default=1))
             elif style == "range":
                 values = random.permutation(values.size).reshape(shape)
+            if spec.name in divisors:
+                # Older versions of onnxruntime die of that.
+                values = np.where(values == 0, 1, values)
         elif spec.dtype.kind == "b":
             values = random.integers(0, 2, shape)
         elif spec.dtype.kind in "OUS":
@@ -278,10 +293,11 @@ def make_feeds(
     return feeds
 
 
-def _index_bounds(model: Model) -> dict[str, int]:
-    """For graph inputs that index an initializer, the number of its rows."""
+def _uses(model: Model) -> tuple[dict[str, int], set[str]]:
+    """The graph inputs that index an initializer, with its number of rows; those divided by."""
     source: dict[str, str] = {t.name: t.name for t in model.graph.inputs}
     bounds: dict[str, int] = {}
+    divisors: set[str] = set()
     for node in model.graph.nodes:
         if node.op in ("Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze") and node.inputs:
             origin = source.get(node.inputs[0].name)
@@ -292,4 +308,6 @@ def _index_bounds(model: Model) -> dict[str, int]:
             rows = node.inputs[0].shape[node.attrs.get("axis", 0)]
             if index is not None and isinstance(rows, int):
                 bounds[index] = min(rows, bounds.get(index, rows))
-    return bounds
+        if node.op in ("Div", "Mod") and len(node.inputs) > 1:
+            divisors.add(source.get(node.inputs[1].name, ""))
+    return bounds, divisors

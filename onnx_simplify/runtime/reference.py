@@ -368,7 +368,7 @@ def _fit(specs: Sequence[InputSpec], data: Mapping[str, np.ndarray]) -> Feeds:
         if spec.name not in data:
             raise ModelError(f"input data: no array for input '{spec.name}'")
         values = np.asarray(data[spec.name])
-        if values.ndim != len(spec.dims):
+        if spec.ranked and values.ndim != len(spec.dims):
             raise ModelError(
                 f"input data: '{spec.name}' has {values.ndim} dimensions, not {len(spec.dims)}"
             )
