@@ -36,6 +36,7 @@ _OPTIONS = {
     "input data": "--input-data",
     "input shapes": "--input-shape",
     "freeze_weights": "--freeze-weights",
+    "lower threshold or raise rtol": "lower --threshold or raise --rtol",
     "the layers' stays": "--inspect",
 }
 _EPILOG = """exit codes:

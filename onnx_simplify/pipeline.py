@@ -216,7 +216,7 @@ class _Task:
             exact=not options.threshold, constant=report.constant_outputs,
         )
         if not found.passed:
-            advice = " (lower --threshold or raise --rtol)" if options.threshold else ""
+            advice = " (lower threshold or raise rtol)" if options.threshold else ""
             raise VerificationError(f"verification failed, nothing written: {found.reason}{advice}")
 
     def smallest(self, target: Profile, model: Model, report: Report) -> tuple[Model, Report]:

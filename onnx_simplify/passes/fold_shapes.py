@@ -22,6 +22,7 @@ from onnx_simplify.channels.operators.base import constant_input, constant_ints
 from onnx_simplify.graph.edit import consumers, drop_unused
 from onnx_simplify.graph.model import Model
 from onnx_simplify.graph.shapes import infer
+from onnx_simplify.graph.traits import SELECTS
 from onnx_simplify.passes.clean import fold_constants
 
 # Longer vectors are not shapes.
@@ -49,11 +50,12 @@ def _replace_known(model: Model) -> bool:
     known: dict[str, np.ndarray] = {}
     readers = consumers(model)
     changed = False
+    sparse = _may_be_empty(model)
     for node in model.graph.nodes:
         if node.domain or len(node.outputs) != 1:
             continue
         if node.op == "Reshape":
-            target = _target(node, known)
+            target = _target(node, known, empty=node.inputs[0].name in sparse)
             if target is not None:
                 name = model.unique(f"{node.outputs[0].name}_shape")
                 node.inputs[1] = gs.Constant(name, np.array(target, np.int64))
@@ -79,8 +81,23 @@ def _replace_known(model: Model) -> bool:
     return changed
 
 
-def _target(node: gs.Node, known: dict[str, np.ndarray]) -> list[int] | None:
-    """A constant target that means the same as the computed one."""
+def _may_be_empty(model: Model) -> set[str]:
+    """Tensors that hold what was selected by values: perhaps nothing."""
+    found: set[str] = set()
+    for node in model.graph.nodes:
+        if node.op in SELECTS or any(t.name in found for t in node.inputs):
+            found |= {t.name for t in node.outputs if t.name}
+    return found
+
+
+def _target(
+    node: gs.Node, known: dict[str, np.ndarray], *, empty: bool
+) -> list[int] | None:
+    """A constant target that means the same as the computed one.
+
+    Of nothing, no size can be inferred beside one of zero: where the input may be empty, a target
+    does not have both.
+    """
     values = known.get(node.inputs[1].name)
     source = node.inputs[0].shape
     if values is None or source is None or node.attrs.get("allowzero", 0):
@@ -93,6 +110,8 @@ def _target(node: gs.Node, known: dict[str, np.ndarray]) -> list[int] | None:
             target.append(0)
         else:
             target.append(-1)
+    if empty and 0 in target and -1 in target:
+        return None
     numbers = [v for v in values if isinstance(v, int)]
     return target if target.count(-1) <= 1 and 0 not in numbers else None
 

@@ -264,7 +264,7 @@ def make_feeds(
     for spec in specs:
         if not spec.ranked:
             # Older versions of onnxruntime abort on too few dimensions.
-            raise CannotVerifyError(f"input '{spec.name}' has no shape: give --input-shape")
+            raise CannotVerifyError(f"input '{spec.name}' has no shape: give input shapes")
         shape = [sizes[d] if isinstance(d, str) else d for d in spec.dims]
         values: np.ndarray
         if spec.dtype.kind in "iu":

@@ -239,7 +239,7 @@ class Reference:
         if not alone:
             raise CannotVerifyError(
                 "the original model runs on no input that could be made up "
-                f"({reason}): say which shapes or data it takes"
+                f"({reason}): give input shapes or input data"
             )
         self.runs = alone[0]
         self.one_size = True
