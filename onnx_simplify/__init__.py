@@ -7,7 +7,13 @@ three steps.  See :mod:`onnx_simplify.api`.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from onnx_simplify.errors import CannotVerifyError, ModelError, SimplifyError, VerificationError
+from onnx_simplify.errors import (
+    CannotVerifyError,
+    ModelError,
+    RunError,
+    SimplifyError,
+    VerificationError,
+)
 from onnx_simplify.version import __version__
 
 if TYPE_CHECKING:
@@ -30,6 +36,7 @@ __all__ = [
     "PASSES",
     "CannotVerifyError",
     "ModelError",
+    "RunError",
     "Report",
     "SimplifyError",
     "Timing",

@@ -418,7 +418,8 @@ def _counts(before: int, after: int) -> tuple[str, str, str]:
 def _print_layers(console: Console, report: Report) -> None:
     table = Table(box=box.SIMPLE_HEAD)
     words = ("layer", "operator", "why others stay")
-    for title in (*words[:2], "inputs", "outputs", "dead", "constant", "removable", words[2]):
+    reasons = words[2:] if any(layer.stays for layer in report.layers) else ()
+    for title in (*words[:2], "inputs", "outputs", "dead", "constant", "removable", *reasons):
         table.add_column(title, justify="left" if title in words else "right", overflow="fold")
     for layer in report.layers:
         table.add_row(
@@ -426,7 +427,8 @@ def _print_layers(console: Console, report: Report) -> None:
             layer.op,
             *(str(v) for v in (layer.inputs, layer.outputs, layer.dead, layer.constant,
                                layer.removed)),
-            escape(", ".join(f"{count} {reason}" for reason, count in layer.stays.items())),
+            *[escape(", ".join(f"{n} {reason}" for reason, n in layer.stays.items()))
+              for _ in reasons],
         )
     console.print(table)
     console.print(

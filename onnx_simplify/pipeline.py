@@ -446,7 +446,8 @@ def _remarks(original: Model, reference: Reference | None, report: Report) -> li
             f"{len(original.overridable)} weights ({count:,} parameters) are graph inputs as well: "
             "a caller may replace them, so their channels stay; freeze_weights declares them final"
         )
-    overflow = reference.overflow() if reference is not None and report.has_changed else ""
+    changed = report.channels_removed or report.after.parameters != report.before.parameters
+    overflow = reference.overflow() if reference is not None and changed else ""
     if overflow:
         found.append(
             f"{overflow}: a result assumes finite values inside, for zero times infinity is NaN, "

@@ -132,11 +132,6 @@ class Report:
     constant_outputs: list[str] = field(default_factory=list)
 
     @property
-    def has_changed(self) -> bool:
-        """Whether channels are gone or parameters are."""
-        return self.channels_removed > 0 or self.after.parameters != self.before.parameters
-
-    @property
     def channels_removed(self) -> int:
         """Output channels of layers that are gone."""
         return sum(layer.removed for layer in self.layers)

@@ -198,12 +198,12 @@ class Judge:
         if finite:
             found.low = float(min(a.min() for a in finite))
             found.high = float(max(a.max() for a in finite))
-        first = plain[0] if plain else np.zeros(0)
-        same = np.ones(first.shape, bool)
-        for run, other in zip(self.runs[1:], plain[1:], strict=False):
-            if run.sizes == self.runs[0].sizes:
-                same &= other == first if other.shape == first.shape else False
-        found.varied = float(1 - same.mean()) if same.size else 0.0
+        sizes = self.runs[0].sizes
+        runs = [a for a, run in zip(plain, self.runs, strict=False) if run.sizes == sizes]
+        if any(a.shape != runs[0].shape for a in runs):
+            found.varied = 1.0
+        elif runs and runs[0].size:
+            found.varied = float(1 - np.mean(np.all([a == runs[0] for a in runs], axis=0)))
         return found
 
     def _judge(
@@ -494,6 +494,7 @@ class Inside:
         except Exception:  # an inner tensor of a type that cannot be an output
             return [], ""
         compared: list[str] = []
+        weak: list[str] = []
         waiting, seen = [name] if itself else self._sources(name), {name}
         while waiting:
             tensor = waiting.pop(0)
@@ -507,13 +508,17 @@ class Inside:
                 if not gap.error <= self._bounds.tolerance and not self._is_rounding(tensor, a, b):
                     text = gap.reason or f"differs by {gap.error:.2g} of its magnitude"
                     return compared, f"'{tensor}' in front of output '{name}' {text}"
-                compared.append(tensor)
-                continue
+                varies = compare(a[0], a[1], columns=False).whole
+                if varies > _MARGIN * self._bounds.tolerance:
+                    compared.append(tensor)
+                    continue
+                # What hardly varies says little: look further.
+                weak.append(tensor)
             for source in self._sources(tensor):
                 if source not in seen and source in before:
                     seen.add(source)
                     waiting.append(source)
-        return compared, ""
+        return compared or weak, ""
 
     def _gap(self, tensor: str, a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> Gap:
         """The largest gap of all runs."""
