@@ -289,7 +289,7 @@ def ideal_macs(
             if name in need and need[name].size == groups * sizes[k]:
                 varying = need[name] & (analysis.level[name] == VARYING)
                 live[k] = varying.reshape(groups, -1).sum(1)
-        share = float((live[0] * live[1]).sum()) / (groups * sizes[0] * sizes[1])
+        share = float((live[0] * live[1]).sum()) / max(groups * sizes[0] * sizes[1], 1)
         # What does not depend on the inputs' values is gone where sizes had to be followed.
         found += total.get(ends[0], 0) * share
     return round(found)

@@ -392,7 +392,7 @@ def test_number_formats(name, mixed):
     g.output(y, shape=["n", 8, 9, 9], dtype=outer)
     result, report = onnx_simplify.simplify(g.model(), channel_multiple=1)
     assert [layer.outputs_after for layer in report.layers] == [8, 8, 8]
-    assert report.verification.worst < {"float16": 2e-3, "bfloat16": 1e-2, "float64": 1e-6}[name]
+    assert report.verification.worst < {"float16": 2e-3, "bfloat16": 1e-2, "float64": 2e-6}[name]
     weights = [t for t in result.graph.initializer if len(t.dims) == 4 and t.dims[0] > 1]
     assert {t.data_type for t in weights} == {kind}
     assert bool(report.notes) == (name != "float16")

@@ -47,7 +47,7 @@ def test_without_a_threshold_nothing_changes():
 
 
 def test_the_difference_is_bounded():
-    with pytest.raises(VerificationError, match="lower --threshold or raise --rtol"):
+    with pytest.raises(VerificationError, match="lower threshold or raise rtol"):
         simplify(faint(), threshold=0.1)
     assert simplify(faint(), threshold=1e-5)[1].channels_removed == 0  # kept up to a multiple
     assert simplify(faint(), threshold=1e-5, channel_multiple=1)[1].channels_removed == 1

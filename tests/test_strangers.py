@@ -1,0 +1,267 @@
+"""Models as strangers have them: unusual inputs and outputs, computed weights, other operators."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import ModelProto, TensorProto, helper
+
+import onnx_simplify
+from build import Graph, assert_same_function, gated_constants, pruned, random_feeds, small_cnn
+from onnx_simplify.planning import profiles
+
+DEAD = tuple(range(0, 16, 2))
+
+
+def stem(g: Graph, x: str, inputs: int = 3, kernel: int = 1) -> str:
+    """A pruned convolution with a live bias."""
+    weight = pruned(g.normal(16, inputs, kernel, kernel), DEAD)
+    y = g.conv(x, weight, g.normal(16), pads=[kernel // 2] * 4)
+    return g.op("Relu", y)
+
+
+def head(g: Graph, y: str) -> None:
+    """A pruned convolution, and one that reads it."""
+    g.output(g.conv(stem(g, y, 16), g.normal(4, 16, 1, 1), g.normal(4)))
+
+
+def feeds_of(name: str, *shapes: tuple[int, ...]) -> list[dict[str, np.ndarray]]:
+    random = np.random.default_rng(0)
+    return [{name: random.standard_normal(s).astype(np.float32)} for s in shapes]
+
+
+IMAGES = feeds_of("x", (1, 3, 9, 11), (2, 3, 16, 7))
+
+
+@pytest.mark.parametrize("what", ["input", "weight"])
+def test_an_input_or_a_weight_is_an_output(what):
+    g = Graph()
+    x = g.input("x", ["n", 3, "h", "w"])
+    y = stem(g, x)
+    if what == "input":
+        g.output("x", shape=["n", 3, "h", "w"])
+    else:
+        g.const(pruned(g.normal(16, 16, 1, 1), DEAD), "weights")
+        y = g.op("Relu", g.conv(y, "weights", g.normal(16)))
+        g.output("weights", shape=[16, 16, 1, 1])
+    head(g, y)
+    result, report = onnx_simplify.simplify(g.model(), channel_multiple=1)
+    assert report.channels_removed >= 2 * len(DEAD)
+    assert_same_function(g.model(), result, IMAGES)
+
+
+@pytest.mark.parametrize("opset", [7, 10, 13])
+@pytest.mark.parametrize("read", [False, True])
+def test_dropout_with_a_mask(read, opset):
+    g = Graph(opset=opset)
+    y, mask = g.op("Dropout", stem(g, g.input("x", ["n", 3, "h", "w"])), outputs=2)
+    if read and opset > 9:
+        y = g.op("Where", mask, y, np.float32(0))
+    head(g, y)
+    result, report = onnx_simplify.simplify(g.model(), channel_multiple=1)
+    if not read or opset > 11:
+        assert report.channels_removed == 2 * len(DEAD)
+        assert not any(n.op_type == "Dropout" for n in result.graph.node)
+    assert_same_function(g.model(), result, IMAGES)
+
+
+@pytest.mark.parametrize("gain", [False, True])
+def test_standardised_weights(gain):
+    """What is computed from initializers is folded as a whole, and counted before and after."""
+    g = Graph()
+    y, width = g.input("x", ["n", 3, 12, 12]), 3
+    for _ in range(2):
+        weight = g.const(pruned(g.normal(16, width, 3, 3), DEAD))
+        centred = g.op("Sub", weight, g.op("ReduceMean", weight, axes=[1, 2, 3], keepdims=1))
+        square = g.op("ReduceMean", g.op("Mul", centred, centred), axes=[1, 2, 3], keepdims=1)
+        weight = g.op("Div", centred, g.op("Sqrt", g.op("Add", square, np.float32(1e-5))))
+        if gain:
+            weight = g.op("Mul", weight, g.rng.uniform(0.5, 1.5, (16, 1, 1, 1)).astype("f4"))
+        y, width = g.op("Relu", g.conv(y, weight, g.normal(16), pads=[1] * 4)), 16
+    g.output(g.conv(y, g.normal(4, 16, 1, 1), g.normal(4)))
+    result, report = onnx_simplify.simplify(g.model(), channel_multiple=1)
+    assert report.channels_removed == 2 * len(DEAD)
+    assert report.after.macs < report.before.macs and report.ideal_macs <= report.after.macs
+    assert report.after.parameters < report.before.parameters
+    assert_same_function(g.model(), result, feeds_of("x", (1, 3, 12, 12), (3, 3, 12, 12)))
+
+
+def test_weights_that_a_caller_may_replace():
+    g = Graph(ir_version=8)
+    head(g, stem(g, g.input("x", ["n", 3, "h", "w"])))
+    model = g.model()
+    model.graph.input.extend(
+        helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in g.initializers
+    )
+    result, report = onnx_simplify.simplify(model, channel_multiple=1)
+    assert report.channels_removed == 0 and report.before.parameters > 0
+    (note,) = [n for n in report.notes if "graph inputs as well" in n]
+    assert "freeze_weights" in note and f"{report.before.parameters:,} parameters" in note
+    other = {"conv1.weight": np.ones((16, 3, 1, 1), np.float32)}
+    assert_same_function(model, result, [feed | more for feed in IMAGES for more in ({}, other)])
+    frozen, report = onnx_simplify.simplify(model, channel_multiple=1, freeze_weights=True)
+    assert report.channels_removed == 2 * len(DEAD) and not report.notes
+    assert [i.name for i in frozen.graph.input] == ["x"]
+    assert_same_function(model, frozen, IMAGES)
+
+
+def test_what_holds_channels_back_is_said(cli, tmp_path):
+    g = Graph(domains={"com.microsoft": 1})
+    y = g.op("Gelu", stem(g, g.input("x", ["n", 3, 9, 9])), domain="com.microsoft")
+    head(g, y)
+    _, report = onnx_simplify.simplify(g.model(), channel_multiple=1)
+    assert any("16 because of Gelu (com.microsoft)" in n for n in report.notes)
+    assert report.layers[0].stays == {"read by Gelu (com.microsoft)": 8}
+    assert report.layers[1].stays == {"read by Gelu (com.microsoft)": 8}
+    onnx.save(g.model(), tmp_path / "in.onnx")
+    shown = cli(tmp_path / "in.onnx", tmp_path / "out.onnx").out
+    assert "16 because of Gelu" in shown and "--inspect" in shown
+    shown = " ".join(cli(tmp_path / "in.onnx", "--inspect").out.split())
+    assert "why others stay" in shown and "8 read by Gelu" in shown
+
+
+@pytest.mark.parametrize(
+    "make, reason",
+    [
+        (lambda g, y: g.output(g.op("Identity", y), shape=["n", 16, "h", "w"]), "graph output"),
+        (lambda g, y: g.output(g.op("Add", y, g.conv("x", g.normal(16, 3, 1, 1)))), "graph output"),
+    ],
+    ids=["output", "sum"],
+)
+def test_why_channels_stay(make, reason):
+    g = Graph()
+    make(g, stem(g, g.input("x", ["n", 3, "h", "w"])))
+    _, report = onnx_simplify.simplify(g.model(), channel_multiple=1)
+    assert report.layers[0].stays == {reason: len(DEAD)}
+
+
+def test_channels_that_vary_elsewhere_keep_constants():
+    g = Graph()
+    x = g.input("x", ["n", 3, "h", "w"])
+    y = g.op("Add", stem(g, x), g.conv(x, g.normal(16, 3, 1, 1), g.normal(16)))
+    g.output(g.conv(y, g.normal(4, 16, 1, 1), g.normal(4)))
+    _, report = onnx_simplify.simplify(g.model(), channel_multiple=1)
+    assert report.layers[0].stays == {"coupled with channels that vary": len(DEAD)}
+
+
+@pytest.mark.parametrize("names", [("batch_size", "N"), ("B", "n"), ("N", "samples")])
+@pytest.mark.parametrize("rank", [2, 3])
+def test_lengths_are_long(names, rank):
+    g = Graph()
+    shape = [names[0], names[1]] if rank == 2 else [names[0], 1, names[1]]
+    y = g.input("waveforms", shape)
+    y = g.op("Unsqueeze", y, np.array([1])) if rank == 2 else y
+    y = g.conv(y, pruned(g.normal(16, 1, 400), DEAD), g.normal(16), strides=[160])
+    y = g.op("Relu", g.conv(g.op("Relu", y), g.normal(16, 16, 3), g.normal(16), pads=[1, 1]))
+    g.output(g.gemm(g.op("ReduceMean", y, axes=[2], keepdims=0), g.normal(10, 16), g.normal(10)))
+    result, report = onnx_simplify.simplify(g.model(), channel_multiple=1)
+    assert report.channels_removed >= len(DEAD) - 1
+    lengths = {sizes[names[1]] for sizes in report.verification.sizes}
+    assert len(lengths) > 1 and min(lengths) >= 400
+    middle = (1,) * (rank - 2)
+    shapes = [(1, *middle, 16000), (2, *middle, 8123), (1, *middle, 400)]
+    assert_same_function(g.model(), result, feeds_of("waveforms", *shapes))
+
+
+def test_volumes_are_small():
+    g = Graph()
+    y = g.input("x", ["n", 3, "d", "h", "w"])
+    weight = pruned(g.normal(16, 3, 3, 3, 3), DEAD)
+    y = g.op("Relu", g.conv(y, weight, g.normal(16), pads=[1] * 6))
+    g.output(g.conv(y, g.normal(4, 16, 1, 1, 1)))
+    _, report = onnx_simplify.simplify(g.model())
+    assert all(np.prod([v for k, v in s.items() if k != "n"]) <= 2**18
+               for s in report.verification.sizes)
+
+
+def with_bodies() -> ModelProto:
+    """A network of which the branches of an ``If`` read eight weights."""
+    g = Graph()
+    x = g.input("x", ["n", 3, 6, 6])
+    y = stem(g, x)
+    names = [g.const(g.normal(4, 16, 1, 1), f"kernel_{k}") for k in "hgfedcba"]
+    branches = []
+    for k in (0, 4):
+        nodes = [
+            helper.make_node("Conv", [y, name], [f"{k}.{name}"]) for name in names[k : k + 4]
+        ]
+        total = helper.make_node("Sum", [f"{k}.{n}" for n in names[k : k + 4]], [f"sum.{k}"])
+        info = helper.make_tensor_value_info(f"sum.{k}", TensorProto.FLOAT, None)
+        branches.append(helper.make_graph([*nodes, total], f"branch{k}", [], [info]))
+    g.output(
+        g.op("If", g.input("c", [], bool), then_branch=branches[0], else_branch=branches[1]),
+        shape=["n", 4, 6, 6],
+    )
+    head(g, stem(g, x))
+    return g.model()
+
+
+def maps() -> ModelProto:
+    """Padding turns constants into maps, which are stored in a compressed form."""
+    g = Graph()
+    y = stem(g, g.input("x", [1, 3, 40, 40]), kernel=3)
+    for _ in range(2):
+        y = stem(g, y, 16, 3)
+    g.output(g.conv(y, g.normal(4, 16, 1, 1), g.normal(4)))
+    return g.model()
+
+
+MODELS = {
+    "bodies": with_bodies,
+    "maps": maps,
+    "gates": gated_constants,
+    "cnn": lambda: small_cnn().model(),
+    "sample": lambda: onnx.load(
+        Path(__file__).parent.parent / "scripts" / "sample" / "pruned_residual_cnn.onnx"
+    ),
+}
+_TWICE = """
+import hashlib, sys
+import onnx_simplify
+path, folder = sys.argv[1:]
+for k in (1, 2):
+    onnx_simplify.simplify(path, save_to=f"{folder}/{k}.onnx", verify=False, target="avx512")
+    path = f"{folder}/{k}.onnx"
+    print(hashlib.sha256(open(path, "rb").read()).hexdigest())
+"""
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_same_input_same_bytes_and_a_second_run_changes_nothing(name, tmp_path):
+    """In fresh processes, whose sets have other orders."""
+    onnx.save(MODELS[name](), tmp_path / "in.onnx")
+    found = set()
+    for seed in ("1", "2", "3"):
+        folder = tmp_path / seed
+        folder.mkdir()
+        done = subprocess.run(
+            [sys.executable, "-c", _TWICE, tmp_path / "in.onnx", folder],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        found |= set(done.stdout.split())
+    assert len(found) == 1, name
+
+
+@pytest.mark.parametrize("multiple", [1, None])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_second_run_changes_nothing(name, multiple, monkeypatch):
+    for profile in profiles.PROFILES.values():
+        monkeypatch.setattr(profiles, "detect", lambda profile=profile: profile)
+        once, _ = onnx_simplify.simplify(MODELS[name](), channel_multiple=multiple)
+        twice, _ = onnx_simplify.simplify(once, channel_multiple=multiple)
+        assert digest(once) == digest(twice), profile.name
+    assert_same_function(MODELS[name](), once, random_feeds(MODELS[name]()))
+
+
+def digest(model: ModelProto) -> str:
+    return hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
