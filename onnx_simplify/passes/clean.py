@@ -33,6 +33,7 @@ def clean(model: Model) -> None:
     """Normalise the model, in place."""
     _constants(model)
     _drop_masks(model)
+    _drop_ones(model)
     bypass_identities(model)
     fold_constants(model)
     model.adopt_quantized()
@@ -47,6 +48,46 @@ def _drop_masks(model: Model) -> None:
             mask = node.outputs[1]
             if mask.name not in readers and not model.is_kept(mask):
                 node.outputs = node.outputs[:1]
+
+
+def _drop_ones(model: Model) -> None:
+    """Take out depthwise convolutions of ones, which only change the layout in onnxruntime.
+
+    What is in front of one takes the name of its output, so that putting it in again, see
+    :mod:`onnx_simplify.passes.reblock_maps`, gives the graph that was there.
+    """
+    readers = consumers(model)
+    makers = {t.name: node for node in model.graph.nodes for t in node.outputs}
+    dead = set()
+    for node in model.graph.nodes:
+        if node.op != "Conv" or node.domain or not _is_ones(node):
+            continue
+        source, maker = node.inputs[0], makers.get(node.inputs[0].name)
+        private = len(readers[source.name]) == 1 and not model.is_kept(source)
+        if maker is None or not private or source.name in model.pinned:
+            continue
+        result = node.outputs[0]
+        node.outputs.clear()
+        maker.outputs[[t is source for t in maker.outputs].index(True)] = result
+        makers[result.name] = maker
+        dead.add(id(node))
+    remove_nodes(model, dead)
+
+
+def _is_ones(node: gs.Node) -> bool:
+    """A depthwise 1x1 convolution of ones, without bias: its output is its input."""
+    weight = node.inputs[1]
+    if not isinstance(weight, gs.Constant) or isinstance(weight, QuantizedConstant):
+        return False
+    if len(node.inputs) > 2 and node.inputs[2].name:
+        return False
+    groups = node.attrs.get("group", 1)
+    return (
+        list(weight.shape) == [groups, *[1] * (len(weight.shape) - 1)]
+        and all(v == 1 for v in node.attrs.get("strides", ()))
+        and not any(node.attrs.get("pads", ()))
+        and bool((weight.values == 1).all())
+    )
 
 
 def bypass_identities(model: Model) -> None:

@@ -87,6 +87,9 @@ def _best(
     if best is None:
         return None
     bins, room = best
+    if (len(bins), *room) == (layer.groups, source.shape[1], result.shape[1]):
+        # They have that form: leave them in their order.
+        return Merger(node, layer.groups, source.ravel(), result.ravel())
     old = [live[members] for members in bins]
     sides = [
         _filled(labels, alive, old, size)
