@@ -68,7 +68,6 @@ def test_dropout_with_a_mask(read, opset):
     result, report = onnx_simplify.simplify(g.model(), channel_multiple=1)
     if not read or opset > 11:
         assert report.channels_removed == 2 * len(DEAD)
-        assert not any(n.op_type == "Dropout" for n in result.graph.node)
     assert_same_function(g.model(), result, IMAGES)
 
 
