@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from itertools import chain, islice
 
 import numpy as np
@@ -159,7 +159,7 @@ class Reference:
             session = Session(self.model, nodes)
             for scale, words in ((1.0, ""), (_LOUD, f" for inputs {_LOUD:g} times as large")):
                 feeds = {
-                    n: (v * scale).astype(v.dtype) if v.dtype.kind == "f" else v
+                    n: (v * scale).astype(v.dtype) if v.dtype.kind == "f" and v.ndim > 1 else v
                     for n, v in self.runs[0].feeds.items()
                 }
                 for names in batched(nodes, _FEW):
@@ -172,18 +172,23 @@ class Reference:
         return ""
 
     def _other_values(self) -> Iterator[Feeds]:
-        """Inputs of the first size with values of other kinds and magnitudes."""
-        first = self.runs[0].feeds
-        floats = [n for n, v in first.items() if v.dtype.kind == "f"]
-        for scale in _SCALES if floats else ():
+        """Inputs of the first size with values of other kinds and magnitudes.
+
+        Only data change, arrays of floats: what is a vector, a number or an integer may say how
+        large something shall be.
+        """
+        data = {n for n, v in self.runs[0].feeds.items() if v.dtype.kind == "f" and v.ndim > 1}
+        changes: list[Callable[[np.ndarray], np.ndarray]] = [
+            *(partial(np.multiply, scale) for scale in _SCALES),
+            np.abs,
+            np.ones_like,
+        ]
+        for change in changes if data else ():
             for run in self.runs[:2]:
                 yield {
-                    n: (v * scale).astype(v.dtype) if n in floats else v
+                    n: np.asarray(change(v), v.dtype) if n in data else v
                     for n, v in run.feeds.items()
                 }
-        specs = [InputSpec(s.name, s.dtype, list(first[s.name].shape)) for s in self.specs]
-        for style in STYLES[1:]:
-            yield make_feeds(self.model, specs, {}, 1, style)
 
     @property
     def feeds(self) -> list[Feeds]:
