@@ -162,7 +162,7 @@ class Reference:
                     n: (v * scale).astype(v.dtype) if v.dtype.kind == "f" and v.ndim > 1 else v
                     for n, v in self.runs[0].feeds.items()
                 }
-                for names in batched(nodes, _FEW):
+                for names in _batches(nodes, _FEW):
                     for name, values in zip(names, session.run(feeds, names), strict=True):
                         if not _is_finite(values):
                             node = nodes[name]
@@ -353,7 +353,7 @@ def _may_overflow(node: gs.Node) -> bool:
     return node.op not in ("Div", "Pow") or not isinstance(node.inputs[1], gs.Constant)
 
 
-def batched(names: Iterable[str], count: int) -> Iterator[list[str]]:
+def _batches(names: Iterable[str], count: int) -> Iterator[list[str]]:
     """Names in lists of so many."""
     rest = list(names)
     while rest:
