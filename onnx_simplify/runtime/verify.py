@@ -10,6 +10,7 @@ name.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -17,7 +18,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.analysis import Analysis
-from onnx_simplify.errors import CannotVerifyError, first_line
+from onnx_simplify.errors import CannotVerifyError, RunError, first_line
 from onnx_simplify.graph.model import Model
 from onnx_simplify.graph.traits import COARSE
 from onnx_simplify.runtime.difference import (
@@ -301,7 +302,8 @@ class Judge:
         if not self.ties(self.names[output]):
             return None
         array = self.runs[index].outputs[output]
-        share = 2 * max(compare(array, other[output]).flips for other in self._others(index))
+        others = self._others(index)
+        share = 2 * max((compare(array, other[output]).flips for other in others), default=0.0)
         return share if gap.flips <= share else None
 
     def _others(self, index: int) -> list[list[np.ndarray]]:
@@ -312,10 +314,12 @@ class Judge:
         if index not in self._rounded:
             feeds = self.runs[index].feeds
             session = Session(self.model)
-            self._rounded[index] = [
-                session.run(_perturbed(feeds, np.random.default_rng(seed)))
-                for seed in range(_TRIALS)
-            ]
+            self._rounded[index] = []
+            for seed in range(_TRIALS):
+                # What is not a round number any more may be refused.
+                with suppress(RunError):
+                    found = session.run(_perturbed(feeds, np.random.default_rng(seed)))
+                    self._rounded[index].append(found)
             if self._optimized is not None:
                 self._rounded[index].append(self._optimized[index])
         return self._rounded[index]
@@ -332,7 +336,7 @@ class Judge:
     def _noise(self, output: int) -> float:
         """How much an output of the original changes by mere rounding, relative."""
         first = self.runs[0].outputs[output]
-        return max(compare(first, other[output]).whole for other in self._others(0))
+        return max((compare(first, other[output]).whole for other in self._others(0)), default=0.0)
 
     def _signal(self, output: int) -> float:
         """How much an output varies between inputs, relative to its magnitude."""
