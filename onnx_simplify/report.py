@@ -110,7 +110,6 @@ class Report:
         seconds: time taken by simplification and verification.
         notes: remarks, such as why a pass was left out.
         held_back: the operators without rules that keep most channels from going, in words.
-        constant_outputs: outputs that do not depend on the inputs.
     """
 
     before: Figures
@@ -129,7 +128,6 @@ class Report:
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
     held_back: str = ""
-    constant_outputs: list[str] = field(default_factory=list)
 
     @property
     def channels_removed(self) -> int:

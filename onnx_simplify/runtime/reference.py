@@ -175,10 +175,14 @@ class Reference:
     def _other_values(self) -> Iterator[Feeds]:
         """Inputs of the first size with values of other kinds and magnitudes.
 
-        Only data change, arrays of floats: what is a vector, a number or an integer may say how
-        large something shall be.
+        What is a vector, a number or an integer may say how large something shall be: it changes
+        by little.
         """
-        data = {n for n, v in self.runs[0].feeds.items() if v.dtype.kind == "f" and v.ndim > 1}
+        first = self.runs[0].feeds
+        counts = [n for n, v in first.items() if v.dtype.kind in "iu"]
+        for sign, step in ((1, 1), (1, 2), (-1, -1)) if counts else ():
+            yield first | {n: (sign * first[n] + step).astype(first[n].dtype) for n in counts}
+        data = {n for n, v in first.items() if v.dtype.kind == "f" and v.ndim > 1}
         changes: list[Callable[[np.ndarray], np.ndarray]] = [
             *(partial(np.multiply, scale) for scale in _SCALES),
             np.abs,
@@ -324,7 +328,7 @@ class Reference:
         *,
         half: bool = False,
         exact: bool = True,
-        constant: Collection[str] = (),
+        constant: Callable[[], Collection[str]] = tuple,
     ) -> Verification:
         """Run the simplified model, optimised as in deployment, on all inputs.
 
@@ -334,7 +338,8 @@ class Reference:
             half: whether the model computes in half precision.
             exact: whether both are meant to compute the same, so that an output may not be off by
                 as much as it varies between inputs either, and each column counts for itself.
-            constant: outputs that are known to be constant.
+            constant: gives the outputs that are known to be constant; asked where some are the
+                same for all inputs.
 
         Raises:
             CannotVerifyError: an output says nothing, and there is nothing else to compare.
