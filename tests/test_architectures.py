@@ -147,4 +147,4 @@ def test_every_plan_is_exact(name, monkeypatch):
         assert report.verification is not None and report.verification.worst <= 1e-5, plan
         assert report.after.bytes < report.before.bytes
         macs[plan] = report.after.macs
-    assert len(set(macs.values())) >= 4, macs
+    assert len(set(macs.values())) >= 3, macs
