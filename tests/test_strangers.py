@@ -6,6 +6,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from onnx import ModelProto, TensorProto, helper
 import onnx_simplify
 from build import Graph, assert_same_function, gated_constants, pruned, random_feeds, small_cnn
 from onnx_simplify.planning import profiles
+from random_graphs import random_model
 
 DEAD = tuple(range(0, 16, 2))
 
@@ -221,6 +223,7 @@ MODELS = {
         Path(__file__).parent.parent / "scripts" / "sample" / "pruned_residual_cnn.onnx"
     ),
 }
+MODELS |= {f"random {k}": partial(random_model, k) for k in (2, 3, 5, 8, 11, 13, 17)}
 _TWICE = """
 import hashlib, sys
 import onnx_simplify
@@ -237,7 +240,7 @@ def test_same_input_same_bytes_and_a_second_run_changes_nothing(name, tmp_path):
     """In fresh processes, whose sets have other orders."""
     onnx.save(MODELS[name](), tmp_path / "in.onnx")
     found = set()
-    for seed in ("1", "2", "3"):
+    for seed in ("1", "2"):
         folder = tmp_path / seed
         folder.mkdir()
         done = subprocess.run(
@@ -252,7 +255,7 @@ def test_same_input_same_bytes_and_a_second_run_changes_nothing(name, tmp_path):
 
 
 @pytest.mark.parametrize("multiple", [1, None])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if "random" not in name])
 def test_a_second_run_changes_nothing(name, multiple, monkeypatch):
     for profile in profiles.PROFILES.values():
         monkeypatch.setattr(profiles, "detect", lambda profile=profile: profile)
