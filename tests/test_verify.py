@@ -11,8 +11,10 @@ from onnx import ModelProto, helper
 import onnx_simplify
 from build import Graph, assert_same_function, initializer, pruned, set_initializer
 from onnx_simplify.errors import CannotVerifyError
+from onnx_simplify.graph.model import load
 from onnx_simplify.runtime.difference import compare, magnitudes
 from onnx_simplify.runtime.rows import unmatched
+from onnx_simplify.runtime.trace import Trace
 
 DEAD = (0, 2, 5, 7, 11)
 
@@ -225,3 +227,16 @@ def test_infinity_inside_is_noted(kind):
     else:
         assert kind == "Reciprocal"
 
+
+
+@pytest.mark.parametrize(
+    "kind, jumps",
+    [("MaxPool", False), ("Relu", False), ("Floor", True), ("Cast", True), ("Shape", False)],
+)
+def test_what_jumps(kind, jumps):
+    g = Graph()
+    x = g.conv(g.input("x", ["n", 3, "h", "w"]), g.normal(4, 3, 1, 1))
+    attributes = {"MaxPool": {"kernel_shape": [2, 2]}, "Cast": {"to": 7}}.get(kind, {})
+    y = g.op("Cast", g.op(kind, x, **attributes), to=1)
+    g.output(y, shape=None, dtype=np.float32)
+    assert Trace(load(g.model())).jumps(y) == jumps

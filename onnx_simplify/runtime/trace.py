@@ -118,7 +118,16 @@ class Trace:
         operators = self._operators(node)
         if len(operators) > 1:
             return bool(operators & JUMPS or "Cast" in operators)
-        if node.op not in JUMPS and not (node.op == "Cast" and self._rounds(node)):
+        match node.op:
+            case "Cast":
+                jumps = self._rounds(node)
+            case "GridSample":
+                jumps = node.attrs.get("mode") == "nearest"
+            case "MaxPool":  # where the largest was
+                jumps = sum(bool(t.name) for t in node.outputs) > 1
+            case _:
+                jumps = node.op in JUMPS
+        if not jumps:
             return False
         return any(self._is_float(t.name) for t in node.inputs if t.name in self._varying)
 
