@@ -240,3 +240,11 @@ def test_what_jumps(kind, jumps):
     y = g.op("Cast", g.op(kind, x, **attributes), to=1)
     g.output(y, shape=None, dtype=np.float32)
     assert Trace(load(g.model())).jumps(y) == jumps
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.int64, np.uint64])
+def test_integers_in_search_of_other_outputs(dtype):
+    g = Graph()
+    x = g.op("Cast", g.input("x", ["n", 4], dtype), to=1)
+    g.output(g.op("Min", g.op("Abs", x), np.zeros(4, np.float32)), shape=["n", 4])
+    assert onnx_simplify.verify(g.model(), g.model()).passed

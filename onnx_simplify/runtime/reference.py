@@ -181,7 +181,12 @@ class Reference:
         first = self.runs[0].feeds
         counts = [n for n, v in first.items() if v.dtype.kind in "iu"]
         for sign, step in ((1, 1), (1, 2), (-1, -1)) if counts else ():
-            yield first | {n: (sign * first[n] + step).astype(first[n].dtype) for n in counts}
+            wide = {n: sign * first[n].astype(np.int64) + step for n in counts}
+            # Types without a sign know no negative numbers.
+            yield first | {
+                n: (np.abs(v) if first[n].dtype.kind == "u" else v).astype(first[n].dtype)
+                for n, v in wide.items()
+            }
         data = {n for n, v in first.items() if v.dtype.kind == "f" and v.ndim > 1}
         changes: list[Callable[[np.ndarray], np.ndarray]] = [
             *(partial(np.multiply, scale) for scale in _SCALES),
