@@ -127,7 +127,8 @@ def label(node: gs.Node) -> str:
     return str(node.name or next((t.name for t in node.outputs), ""))
 
 
-def _is_add(node: gs.Node) -> bool:
+def is_add(node: gs.Node) -> bool:
+    """Whether a node is the standard sum of two tensors."""
     return node.op == "Add" and not node.domain
 
 
@@ -198,7 +199,7 @@ class Editor:
         """
         result = node.outputs[0]
         users = self.readers.get(result.name, [])
-        if len(users) == 1 and not self.model.is_kept(result) and _is_add(users[0][0]):
+        if len(users) == 1 and not self.model.is_kept(result) and is_add(users[0][0]):
             add, position = users[0]
             other = add.inputs[1 - position]
             if isinstance(other, gs.Constant) and other.values.ndim <= len(result.shape):

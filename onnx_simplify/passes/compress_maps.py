@@ -15,7 +15,7 @@ import re
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnx_simplify.graph.edit import Editor, set_input
+from onnx_simplify.graph.edit import Editor, is_add, set_input
 from onnx_simplify.graph.model import Model
 
 # Smaller arrays are not worth two nodes.
@@ -27,23 +27,19 @@ def compress_maps(model: Model) -> None:
     editor = Editor(model)
     done: dict[str, gs.Tensor] = {}
     for node in model.graph.nodes:
-        if not _is_add(node):
+        if not is_add(node):
             continue
         for index, tensor in enumerate(node.inputs):
             if not isinstance(tensor, gs.Constant) or tensor.values.nbytes < _SMALLEST:
                 continue
             if tensor.name not in done:
-                if all(_is_add(user) for user, _ in editor.readers[tensor.name]):
+                if all(is_add(user) for user, _ in editor.readers[tensor.name]):
                     # Nobody reads it any more: what is computed instead may have its name, so that
                     # a second run names it alike.
                     model.give_up(tensor.name)
                 done[tensor.name] = _compressed(model, editor, node, tensor)
             set_input(node, index, done[tensor.name])
     editor.finish()
-
-
-def _is_add(node: gs.Node) -> bool:
-    return node.op == "Add" and not node.domain
 
 
 def _compressed(model: Model, editor: Editor, node: gs.Node, tensor: gs.Constant) -> gs.Tensor:
