@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,7 +27,7 @@ from onnx_simplify.passes.remove_zeroed import remove_zeroed
 from onnx_simplify.passes.zero_small import thresholds, zero_small
 from onnx_simplify.planning.planner import Planner
 from onnx_simplify.planning.profiles import Profile, alternatives, profile
-from onnx_simplify.reasons import COST, held_back, stays
+from onnx_simplify.reasons import ALIGNMENT, COST, held_back, stays
 from onnx_simplify.report import (
     Figures,
     Opaque,
@@ -366,6 +367,7 @@ def simplify_in_place(
 
     if reference is None or "propagate_bias" in options.skip:
         observe(Analysis(model))
+    aligned: dict[int, int] = {}
     for turn in range(_TURNS):
         present = {id(n) for n in model.graph.nodes}
         if reference is not None and not {"propagate_bias", "remove_zeroed"} <= set(options.skip):
@@ -379,7 +381,7 @@ def simplify_in_place(
             )
         if "remove_zeroed" not in options.skip:
             step("removing channels")
-            remove_zeroed(model, planner)
+            aligned = remove_zeroed(model, planner)
         clean(model)
         if "fold_batchnorm" not in options.skip and any(
             n.op == "BatchNormalization" for n in model.graph.nodes
@@ -402,8 +404,9 @@ def simplify_in_place(
             layer.inputs_after = after[node].inputs
             could = layer.constant + layer.dead - sum(layer.stays.values())
             kept = min(could - layer.removed, layer.outputs_after)
-            if kept > 0:
-                layer.stays[COST] = kept
+            counts = Counter({ALIGNMENT: min(kept, aligned.get(node, 0))})
+            counts[COST] = kept - counts[ALIGNMENT]
+            layer.stays.update(+counts)
 
 
 def _largest_threshold(original: Model, options: Options, reference: Reference | None) -> float:

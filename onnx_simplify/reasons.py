@@ -20,6 +20,8 @@ COUPLED = "coupled with channels that vary"
 SIZES = "sizes are not known"
 QUANTISED = "quantised weights cannot take the constant"
 READERS = "its readers cannot take the constant"
+UNSURE = "measured constants do not agree (rounding of a mean)"
+ALIGNMENT = "alignment: whole blocks run faster"
 COST = "removing them would cost more than it saves"
 OPAQUE = "read by "
 
@@ -37,7 +39,7 @@ def stays(analysis: Analysis, *, absorbing: bool) -> dict[int, Counter[str]]:
     readers = find_readers(analysis, only_zeros=not absorbing)
     alive = alive_after(analysis, readers)
     names, frozen = _frozen(analysis)
-    varying = _varying(analysis)
+    varying, unsure = _varying(analysis)
     unable = _unable(analysis)
     found: dict[int, Counter[str]] = {}
     for node in analysis.model.graph.nodes:
@@ -57,6 +59,8 @@ def stays(analysis: Analysis, *, absorbing: bool) -> dict[int, Counter[str]]:
         for label in labels[idle]:
             if frozen[label] >= 0:
                 counts[names[frozen[label]]] += 1
+            elif alive[label] and unsure[label]:
+                counts[UNSURE] += 1
             elif alive[label] and varying[label]:
                 counts[COUPLED] += 1
             elif alive[label]:
@@ -90,13 +94,19 @@ def _frozen(analysis: Analysis) -> tuple[list[str], np.ndarray]:
     return names, found
 
 
-def _varying(analysis: Analysis) -> np.ndarray:
-    """Labels that stand for a channel that varies and is needed somewhere."""
-    found = np.zeros(analysis.layouts.frozen.size, bool)
+def _varying(analysis: Analysis) -> tuple[np.ndarray, np.ndarray]:
+    """Labels of channels that vary and are needed somewhere; those that only measurement lets vary.
+
+    The latter are constant by the rules, but come out differently in different runs.
+    """
+    found = np.zeros((2, analysis.layouts.frozen.size), bool)
     for name, level in analysis.level.items():
         layout = analysis.layouts.of[name]
-        found[layout[(level == VARYING) & analysis.needed[name]]] = True
-    return found
+        varies = (level == VARYING) & analysis.needed[name]
+        found[0, layout[varies]] = True
+        if name in analysis.disputed:
+            found[1, layout[varies & analysis.disputed[name]]] = True
+    return found[0], found[1]
 
 
 def _unable(analysis: Analysis) -> dict[int, str]:

@@ -16,6 +16,10 @@ from onnx import ModelProto, TensorProto, helper
 
 import onnx_simplify
 from build import Graph, assert_same_function, gated_constants, pruned, random_feeds, small_cnn
+from onnx_simplify import reasons
+from onnx_simplify.channels.analysis import Analysis
+from onnx_simplify.channels.values import Constants
+from onnx_simplify.graph.model import load
 from onnx_simplify.planning import profiles
 from random_graphs import random_model
 
@@ -150,6 +154,35 @@ def test_channels_that_vary_elsewhere_keep_constants():
     g.output(g.conv(y, g.normal(4, 16, 1, 1), g.normal(4)))
     _, report = onnx_simplify.simplify(g.model(), channel_multiple=1)
     assert report.layers[0].stays == {"coupled with channels that vary": len(DEAD)}
+
+
+@pytest.mark.parametrize("multiple, stays", [(4, 2), (16, 10), (1, 0)])
+def test_channels_that_fill_up_blocks_are_said_to(multiple, stays):
+    """Ten of sixteen constant channels: six remain, or more so that a whole number of blocks is."""
+    g = Graph()
+    x = g.input("x", ["n", 3, "h", "w"])
+    y = g.op("Relu", g.conv(x, pruned(g.normal(16, 3, 3, 3), range(10)), g.normal(16)))
+    g.output(g.conv(y, g.normal(4, 16, 1, 1), g.normal(4)))
+    _, report = onnx_simplify.simplify(g.model(), channel_multiple=multiple)
+    layer = report.layers[0]
+    assert (layer.outputs_after, sum(layer.stays.values())) == (6 + stays, stays)
+    assert layer.stays == ({"alignment: whole blocks run faster": stays} if stays else {})
+
+
+def test_constants_that_a_mean_makes_uncertain_are_said_to_be():
+    """A mean whose constants differ from size to size: what it gives is left alone."""
+    g = Graph()
+    y = stem(g, g.input("x", ["n", 3, "h", "w"]))
+    y = g.op("ReduceMean", y, axes=[2, 3], keepdims=1)
+    g.output(g.conv(y, g.normal(4, 16, 1, 1), g.normal(4)))
+    analysis = Analysis(load(g.model()))
+    (node, *_) = analysis.model.graph.nodes
+    analysis.propagate_constants()
+    mean = next(n.outputs[0].name for n in analysis.model.graph.nodes if n.op == "ReduceMean")
+    analysis.constants = Constants(agreement={mean: np.zeros((1, 16, 1, 1), bool)})
+    analysis.propagate_constants()
+    found = reasons.stays(analysis, absorbing=True)
+    assert found[id(node)] == {"measured constants do not agree (rounding of a mean)": len(DEAD)}
 
 
 @pytest.mark.parametrize("names", [("batch_size", "N"), ("B", "n"), ("N", "samples")])

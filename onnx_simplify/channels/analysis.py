@@ -38,6 +38,8 @@ class Analysis:
         rule: the operator rule of each node, by ``id(node)``.
         level: constancy of each position, an int8 array shaped like the layout, by tensor name.
         constants: measured values of constant channels, once measured.
+        disputed: positions that are constant by the rules and were not so when measured, as means
+            over many elements may be, by tensor name.
     """
 
     def __init__(self, model: Model):
@@ -48,6 +50,7 @@ class Analysis:
         self.rule: dict[int, Operator] = {}
         self.level: dict[str, np.ndarray] = {}
         self.constants: Constants | None = None
+        self.disputed: dict[str, np.ndarray] = {}
         self.kept_names = model.kept_names
         for tensor in model.graph.inputs:
             if tensor.shape is not None:
@@ -162,7 +165,11 @@ class Analysis:
                 if level is None:
                     level = np.zeros(shape, np.int8)
                 if self.constants is not None:
-                    level = np.where(self.constants.agree(tensor.name, shape), level, VARYING)
+                    agree = self.constants.agree(tensor.name, shape)
+                    disputed = (level > VARYING) & ~agree
+                    if disputed.any():
+                        self.disputed[tensor.name] = np.broadcast_to(disputed, shape)
+                    level = np.where(agree, level, VARYING)
                 self.level[tensor.name] = np.broadcast_to(level, shape).astype(np.int8)
 
     def _vary(self, tensor: gs.Tensor) -> None:

@@ -11,22 +11,33 @@ from __future__ import annotations
 
 from onnx_simplify.channels.analysis import Analysis
 from onnx_simplify.channels.cut import Cut
+from onnx_simplify.channels.operators.linear import Linear
 from onnx_simplify.graph.model import Model
 from onnx_simplify.passes.regroup_shuffles import regroup_shuffles
 from onnx_simplify.planning.planner import Planner
 
 
-def remove_zeroed(model: Model, planner: Planner) -> None:
+def remove_zeroed(model: Model, planner: Planner) -> dict[int, int]:
     """Remove dead channels, in place.
 
     Args:
         model: a cleaned model.
         planner: decides which dead channels stay because the rest runs faster with them.
+
+    Returns:
+        By ``id`` of a layer's node, how many dead output channels stay for alignment.
     """
     analysis = Analysis(model)
     alive = analysis.alive(analysis.needed)
     if regroup_shuffles(analysis, alive):
         analysis = Analysis(model)
         alive = analysis.alive(analysis.needed)
-    alive, mergers = planner.close(analysis, alive)
-    Cut(analysis, alive, mergers).apply()
+    closed, mergers = planner.close(analysis, alive)
+    aligned = closed & ~analysis.close(alive, free=mergers)
+    found = {
+        id(node): int(aligned[rule.channels(node, analysis)[1]].sum())
+        for node in model.graph.nodes
+        if isinstance(rule := analysis.rule[id(node)], Linear)
+    }
+    Cut(analysis, closed, mergers).apply()
+    return found
