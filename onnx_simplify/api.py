@@ -32,7 +32,6 @@ from onnx import ModelProto
 
 from onnx_simplify import pipeline
 from onnx_simplify.channels.analysis import Analysis
-from onnx_simplify.channels.operators.linear import Linear
 from onnx_simplify.errors import CannotVerifyError, ModelError
 from onnx_simplify.graph.edit import label
 from onnx_simplify.graph.model import Model, ModelSource, fits_message, load
@@ -265,11 +264,9 @@ def get_pinned(model: ModelSource) -> list[str]:
         pass  # then sizes that are in dispute stay so, and with them their channels
     analysis = Analysis(working)
     found = []
-    for node in working.graph.nodes:
-        layout = analysis.layouts.of.get(node.outputs[0].name)
-        if isinstance(analysis.rule[id(node)], Linear) and layout is not None:
-            if analysis.layouts.frozen[layout].all():
-                found.append(label(node))
+    for product in analysis.contractions:
+        if analysis.layouts.frozen[product.channels(analysis)[1]].all():
+            found.append(label(product.node))
     return found
 
 

@@ -360,9 +360,9 @@ def simplify_in_place(
                 layer.stays = dict(counts.get(key, {}))
             report.ideal_macs = ideal_macs(analysis, report.input_shapes, before)
         report.opaque = [
-            Opaque(label(n), n.op, analysis.layouts.opaque.get(id(n), "operator not known"))
-            for n in model.graph.nodes
-            if analysis.is_opaque(n)
+            Opaque(label(op.node), op.node.op, op.reason or "operator not known")
+            for op in analysis.operators
+            if op.is_opaque
         ]
 
     if reference is None or "propagate_bias" in options.skip:

@@ -6,13 +6,10 @@ from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.analysis import Analysis
-from onnx_simplify.channels.layouts import Unsupported
-from onnx_simplify.channels.operators import lookup
+from onnx_simplify.channels.operators import Operator, contractions
 from onnx_simplify.channels.operators.base import kind
-from onnx_simplify.channels.operators.linear import Linear
 from onnx_simplify.channels.values import VARYING
 from onnx_simplify.passes.propagate_bias import alive_after, find_readers
 
@@ -42,17 +39,16 @@ def stays(analysis: Analysis, *, absorbing: bool) -> dict[int, Counter[str]]:
     varying, unsure = _varying(analysis)
     unable = _unable(analysis)
     found: dict[int, Counter[str]] = {}
-    for node in analysis.model.graph.nodes:
-        rule = lookup(node)
-        if not isinstance(rule, Linear):
-            continue
-        counts = found.setdefault(id(node), Counter())
-        if analysis.is_opaque(node):
-            rows = _zero_rows(rule, node)
+    for product in contractions(analysis.model):
+        counts = found.setdefault(id(product.node), Counter())
+        result = product.outputs[0].name
+        op = analysis.producer[result]
+        if op.is_opaque:
+            # Output channels without weights.
+            rows = int((~product.used.any(axis=2)).sum())
             if rows:
-                counts[_blame(analysis, node)] += rows
+                counts[_blame(analysis, op)] += rows
             continue
-        result = node.outputs[0].name
         labels = analysis.layouts.of[result].ravel()
         idle = analysis.level[result].ravel() > VARYING
         idle |= ~analysis.needed[result].ravel()
@@ -112,39 +108,27 @@ def _varying(analysis: Analysis) -> tuple[np.ndarray, np.ndarray]:
 def _unable(analysis: Analysis) -> dict[int, str]:
     """For labels that a layer reads whose form keeps it from taking constants, why."""
     found: dict[int, str] = {}
-    for node in analysis.model.graph.nodes:
-        rule = analysis.rule[id(node)]
-        if not isinstance(rule, Linear):
-            continue
+    for product in analysis.contractions:
         reason = ""
-        if rule.is_quantized(node):
+        if product.is_quantized():
             reason = QUANTISED
-        elif rule.spread_axes(node) and not rule.is_static(node, analysis):
+        elif product.spread_axes() and not product.is_static(analysis):
             reason = SIZES
         if reason:
-            for label in np.unique(rule.channels(node, analysis)[0]):
+            for label in np.unique(product.channels(analysis)[0]):
                 found.setdefault(int(label), reason)
     return found
 
 
-def _zero_rows(rule: Linear, node: gs.Node) -> int:
-    """How many output channels of a layer that is not followed have no weights."""
-    try:
-        return int((~rule.used(node).any(axis=2)).sum())
-    except Unsupported:
-        return 0
-
-
-def _blame(analysis: Analysis, node: gs.Node) -> str:
+def _blame(analysis: Analysis, op: Operator) -> str:
     """Why a layer is not followed: itself, or what lost the shape of its input."""
-    reason = analysis.layouts.opaque.get(id(node), "")
-    while "shape of" in reason or "no channels to follow" in reason:
-        makers = [analysis.producer.get(t.name) for t in node.inputs]
+    while "shape of" in op.reason or "no channels to follow" in op.reason:
+        makers = [analysis.producer.get(t.name) for t in op.inputs]
         lost = [m for m in makers if m is not None and any(t.shape is None for t in m.outputs)]
-        if not lost or lost[0] is node:
+        if not lost or lost[0] is op:
             break
-        node = lost[0]
-        reason = analysis.layouts.opaque.get(id(node), "")
-        if all(t.shape is not None for t in node.inputs if t.name):
-            return f"{OPAQUE}{kind(node)}"
-    return f"{OPAQUE}{kind(node)} ({reason})" if reason else f"{OPAQUE}{kind(node)}"
+        op = lost[0]
+        if all(t.shape is not None for t in op.inputs if t.name):
+            return f"{OPAQUE}{kind(op.node)}"
+    reason = f" ({op.reason})" if op.reason else ""
+    return f"{OPAQUE}{kind(op.node)}{reason}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,9 +11,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.analysis import Analysis
-from onnx_simplify.channels.layouts import Unsupported
-from onnx_simplify.channels.operators import lookup
-from onnx_simplify.channels.operators.linear import Linear
+from onnx_simplify.channels.operators import contractions
 from onnx_simplify.channels.values import VARYING
 from onnx_simplify.graph.edit import label
 from onnx_simplify.graph.model import Model
@@ -193,12 +191,12 @@ def _macs(model: Model, shapes: Mapping[str, Sequence[int]]) -> dict[str, int] |
         clean(model)
         fold_shapes(model, shapes)
     found = {}
-    for node, rule in _weighted(model):
-        tensors = [t for t in (*node.inputs, *node.outputs) if t.name]
+    for product in contractions(model):
+        tensors = [t for t in (*product.inputs, *product.outputs) if t.name]
         if not all(_is_known(t) for t in tensors):
             return None
         sizes = {t.name: list(t.shape) for t in tensors}
-        found[node.outputs[0].name] = rule.macs(node, sizes)
+        found[product.outputs[0].name] = product.macs(sizes)
     return found
 
 
@@ -214,22 +212,10 @@ def _is_known(tensor: gs.Tensor) -> bool:
 def layers(model: Model) -> dict[int, Layer]:
     """The model's layers with weights by ``id`` of the node, in execution order."""
     found = {}
-    for node, rule in _weighted(model):
-        groups, outputs, inputs = rule.dims(node)
+    for product in contractions(model):
+        node, (groups, outputs, inputs) = product.node, product.dims
         found[id(node)] = Layer(label(node), node.op, groups * outputs, groups * inputs)
     return found
-
-
-def _weighted(model: Model) -> Iterator[tuple[gs.Node, Linear]]:
-    """Nodes with constant weights, with their rules."""
-    for node in model.graph.nodes:
-        rule = lookup(node)
-        if isinstance(rule, Linear):
-            try:
-                rule.dims(node)
-            except Unsupported:
-                continue
-            yield node, rule
 
 
 def add_findings(found: Mapping[int, Layer], analysis: Analysis) -> None:
@@ -239,9 +225,9 @@ def add_findings(found: Mapping[int, Layer], analysis: Analysis) -> None:
         found: the layers, as :func:`layers` gives them.
         analysis: an analysis of the same model; levels need not have been computed.
     """
-    for node, _ in _weighted(analysis.model):
-        layer = found.get(id(node))
-        result = node.outputs[0].name
+    for product in contractions(analysis.model):
+        layer = found.get(id(product.node))
+        result = product.outputs[0].name
         if layer is None or result not in analysis.layouts.of:
             continue
         labels = analysis.layouts.of[result]
@@ -270,18 +256,18 @@ def ideal_macs(
         return None
     need = analysis.need(
         {
-            (id(node), index): analysis.level[tensor.name] > VARYING
-            for node in analysis.model.graph.nodes
-            for index, tensor in enumerate(node.inputs)
+            (op, index): analysis.level[tensor.name] > VARYING
+            for op in analysis.operators
+            for index, tensor in enumerate(op.inputs)
             if tensor.name in analysis.level and not isinstance(tensor, gs.Constant)
         }
     )
     found = 0.0
-    for node, rule in _weighted(analysis.model):
-        if id(node) not in known:
+    for product in contractions(analysis.model):
+        if id(product.node) not in known:
             continue
-        groups, *sizes = rule.dims(node)
-        ends = node.outputs[0].name, node.inputs[rule.wiring(node).data].name
+        groups, *sizes = product.dims
+        ends = product.outputs[0].name, product.inputs[product.wiring.data].name
         live = [np.full(groups, size) for size in sizes]
         for k, name in enumerate(ends):
             if name in need and need[name].size == groups * sizes[k]:

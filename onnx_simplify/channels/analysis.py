@@ -15,7 +15,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.layouts import Layouts, Unsupported
-from onnx_simplify.channels.operators import OPAQUE, Operator, lookup
+from onnx_simplify.channels.operators import Operator, bind
 from onnx_simplify.channels.operators.base import is_computed
 from onnx_simplify.channels.operators.linear import Linear
 from onnx_simplify.channels.values import MAP, UNIFORM, VARYING, Constants
@@ -23,11 +23,9 @@ from onnx_simplify.graph.edit import shares_weights
 from onnx_simplify.graph.model import Model
 from onnx_simplify.graph.shapes import infer
 
-Layer = tuple[int, gs.Node, Linear]
-"""A node with weights: its place in the order of execution, the node and its rule."""
-Chooser = Callable[[gs.Node, "Analysis", np.ndarray], bool]
-Absorbed = dict[tuple[int, int], np.ndarray]
-"""Masks of input positions by (``id(node)``, input index)."""
+Chooser = Callable[[Operator, "Analysis", np.ndarray], bool]
+Absorbed = dict[tuple[Operator, int], np.ndarray]
+"""Masks of input positions by operator and input index."""
 
 
 class Analysis:
@@ -35,7 +33,7 @@ class Analysis:
 
     Attributes:
         layouts: the layouts, united.
-        rule: the operator rule of each node, by ``id(node)``.
+        operators: all nodes, bound to their rules, in execution order.
         level: constancy of each position, an int8 array shaped like the layout, by tensor name.
         constants: measured values of constant channels, once measured.
         disputed: positions that are constant by the rules and were not so when measured, as means
@@ -47,7 +45,7 @@ class Analysis:
         self.model = model
         infer(model)
         self.layouts = Layouts(model)
-        self.rule: dict[int, Operator] = {}
+        self.operators: list[Operator] = []
         self.level: dict[str, np.ndarray] = {}
         self.constants: Constants | None = None
         self.disputed: dict[str, np.ndarray] = {}
@@ -58,7 +56,7 @@ class Analysis:
                 self.layouts.set(tensor, layout)
                 self.layouts.freeze(layout, "graph input")
         for node in model.graph.nodes:
-            self._follow(node)
+            self.operators.append(self._followed(node))
         outputs = {t.name for t in model.graph.outputs}
         for names, reason in (
             (outputs, "graph output"),
@@ -69,20 +67,20 @@ class Analysis:
                 self.layouts.freeze(self.layouts.of[name], reason)
         self.layouts.unite()
 
-    def _follow(self, node: gs.Node) -> None:
+    def _followed(self, node: gs.Node) -> Operator:
+        """The node, bound to rules that apply, once its outputs have layouts."""
+        patterns = self.model.patterns
         # Before version 7 of the operator set, broadcasting followed other rules.
-        rule = lookup(node) if self.model.opset >= 7 else OPAQUE
+        op = bind(node, patterns) if self.model.opset >= 7 else Operator(node)
         if self.model.keep_shared and shares_weights(self.layouts.readers, node):
-            self.layouts.opaque[id(node)] = "weights are shared"
-            rule = OPAQUE
+            op = Operator(node, reason="weights are shared")
         try:
-            self.layouts.refine(node.outputs[0], rule.sizes(node, self.layouts))
-            rule.layout(node, self.layouts)
+            self.layouts.refine(node.outputs[0], op.sizes(self.layouts))
+            op.layout(self.layouts)
         except Unsupported as reason:
-            self.layouts.opaque[id(node)] = str(reason)
-            rule = OPAQUE
-            rule.layout(node, self.layouts)
-        self.rule[id(node)] = rule
+            op = Operator(node, reason=str(reason))
+            op.layout(self.layouts)
+        return op
 
     def all_of(self, tensors: Sequence[gs.Tensor]) -> list[np.ndarray | None]:
         """Masks that say that all of some inputs is needed (None where nothing is followed)."""
@@ -90,14 +88,15 @@ class Analysis:
             np.ones(self.layouts.of[t.name].shape, bool) if self.has(t) else None for t in tensors
         ]
 
-    def _strays(self, node: gs.Node) -> set[int]:
+    def _strays(self, op: Operator) -> set[int]:
         """Computed inputs of which the node's rules know nothing."""
-        computed = {k for k in range(len(node.inputs)) if is_computed(node, k)}
-        return computed.difference(self.rule[id(node)].accounts_for(node)) if computed else computed
+        computed = {k for k in range(len(op.inputs)) if is_computed(op.node, k)}
+        return computed.difference(op.accounts_for()) if computed else computed
 
-    def is_opaque(self, node: gs.Node) -> bool:
-        """Whether no rule applies to the node."""
-        return self.rule[id(node)] is OPAQUE
+    @cached_property
+    def contractions(self) -> list[Linear]:
+        """All products with constant weights, in execution order."""
+        return [product for op in self.operators for product in op.contractions]
 
     @cached_property
     def needed(self) -> dict[str, np.ndarray]:
@@ -105,15 +104,19 @@ class Analysis:
         return self.need()
 
     @cached_property
-    def makers(self) -> dict[int, list[Layer]]:
-        """The layers with weights that compute each label, in execution order."""
-        found: dict[int, list[Layer]] = {}
-        for place, node in enumerate(self.model.graph.nodes):
-            rule = self.rule[id(node)]
-            if isinstance(rule, Linear) and self.has(node.outputs[0]):
-                for channel in np.unique(rule.channels(node, self)[1]):
-                    found.setdefault(int(channel), []).append((place, node, rule))
+    def makers(self) -> dict[int, list[Linear]]:
+        """The products with constant weights that make each label, in execution order."""
+        found: dict[int, list[Linear]] = {}
+        for product in self.contractions:
+            if self.has(product.outputs[0]):
+                for channel in np.unique(product.channels(self)[1]):
+                    found.setdefault(int(channel), []).append(product)
         return found
+
+    @cached_property
+    def places(self) -> dict[Operator, int]:
+        """Where each operator comes in the order of execution."""
+        return {op: place for place, op in enumerate(self.operators)}
 
     def tensors_with(self, labels: np.ndarray) -> list[str]:
         """Names of the tensors that may have some of these labels (their ranges overlap)."""
@@ -132,9 +135,19 @@ class Analysis:
         return list(layouts), lowest, highest
 
     @cached_property
-    def producer(self) -> dict[str, gs.Node]:
-        """The node that computes each tensor."""
-        return {t.name: n for n in self.model.graph.nodes for t in n.outputs if t.name}
+    def producer(self) -> dict[str, Operator]:
+        """The operator that computes each tensor, by the tensor's name."""
+        return {t.name: op for op in self.operators for t in op.outputs if t.name}
+
+    @cached_property
+    def readers(self) -> dict[str, list[tuple[Operator, int]]]:
+        """The operators that read each tensor, and at which input, by the tensor's name."""
+        found: dict[str, list[tuple[Operator, int]]] = {}
+        for op in self.operators:
+            for index, tensor in enumerate(op.inputs):
+                if tensor.name:
+                    found.setdefault(tensor.name, []).append((op, index))
+        return found
 
     def has(self, tensor: gs.Tensor) -> bool:
         """Whether the tensor is a variable whose channels are followed."""
@@ -154,11 +167,10 @@ class Analysis:
         for tensor in self.model.graph.inputs:
             if self.has(tensor):
                 self._vary(tensor)
-        for node in self.model.graph.nodes:
-            rule = self.rule[id(node)]
+        for op in self.operators:
             # See Operator.accounts_for.
-            results = [None] * len(node.outputs) if self._strays(node) else rule.level(node, self)
-            for tensor, level in zip(node.outputs, results, strict=False):
+            results = [None] * len(op.outputs) if self._strays(op) else op.level(self)
+            for tensor, level in zip(op.outputs, results, strict=False):
                 if not self.has(tensor):
                     continue
                 shape = self.layouts.of[tensor.name].shape
@@ -246,31 +258,31 @@ class Analysis:
         """Which positions some live output depends on, by tensor name.
 
         Args:
-            absorbed: positions of a node's input that it no longer reads, by (``id(node)``, input
-                index), as if their constants had been absorbed already.
+            absorbed: positions of inputs that are no longer read, by (operator, input index), as
+                if their constants had been absorbed already.
         """
         need = {n: np.zeros(a.shape, bool) for n, a in self.layouts.of.items()}
         for name in self.kept_names:
             if name in need:
                 need[name][...] = True
-        for node in reversed(self.model.graph.nodes):
-            outputs = [need.get(t.name) for t in node.outputs]
+        for op in reversed(self.operators):
+            outputs = [need.get(t.name) for t in op.outputs]
             known = any(o is not None and o.any() for o in outputs)
             if not known and not any(
                 o is None and t.name and self._read(t)
-                for t, o in zip(node.outputs, outputs, strict=True)
+                for t, o in zip(op.outputs, outputs, strict=True)
             ):
                 continue
-            wanted = self.rule[id(node)].need(node, self, outputs)
-            strays = self._strays(node)
+            wanted = op.need(self, outputs)
+            strays = self._strays(op)
             if strays:
-                whole = self.all_of(node.inputs)
-                wanted = [*wanted, *[None] * (len(node.inputs) - len(wanted))]
+                whole = self.all_of(op.inputs)
+                wanted = [*wanted, *[None] * (len(op.inputs) - len(wanted))]
                 wanted = [whole[k] if k in strays else mask for k, mask in enumerate(wanted)]
-            for index, (tensor, mask) in enumerate(zip(node.inputs, wanted, strict=False)):
+            for index, (tensor, mask) in enumerate(zip(op.inputs, wanted, strict=False)):
                 if mask is None or not self.has(tensor):
                     continue
-                skip = (absorbed or {}).get((id(node), index))
+                skip = (absorbed or {}).get((op, index))
                 if skip is not None:
                     mask = mask & ~skip
                 need[tensor.name] |= mask
@@ -290,36 +302,35 @@ class Analysis:
         self,
         alive: np.ndarray,
         choose: Chooser | None = None,
-        free: Collection[int] = (),
+        free: Collection[Operator] = (),
     ) -> np.ndarray:
         """Revive channels until every node can be rewritten; the argument is modified.
 
         Args:
             alive: labels that stay.
-            choose: optional callable ``(node, analysis, alive) -> bool`` that revives channels for
-                speed and says whether it did.
-            free: ``id(node)`` of nodes that are rewritten in some other way.
+            choose: optional callable ``(operator, analysis, alive) -> bool`` that revives channels
+                for speed and says whether it did.
+            free: operators that are rewritten in some other way.
         """
         again = True
         while again:
             again = False
-            for node in self.model.graph.nodes:
-                if not self._partial(node, alive):
+            for op in self.operators:
+                if not self._partial(op, alive):
                     continue
-                rule = self.rule[id(node)]
-                if id(node) not in free:
-                    again |= rule.constrain(node, self, alive)
-                again |= self._never_empty(node, rule, alive)
+                if op not in free:
+                    again |= op.constrain(self, alive)
+                again |= self._never_empty(op, alive)
                 if choose is not None:
-                    again |= choose(node, self, alive)
-                for tensor in (*node.inputs, *node.outputs):
+                    again |= choose(op, self, alive)
+                for tensor in (*op.inputs, *op.outputs):
                     again |= self._grid(tensor, alive)
         return alive
 
-    def _partial(self, node: gs.Node, alive: np.ndarray) -> bool:
+    def _partial(self, op: Operator, alive: np.ndarray) -> bool:
         return any(
             not alive[self.layouts.of[t.name]].all()
-            for t in (*node.inputs, *node.outputs)
+            for t in (*op.inputs, *op.outputs)
             if self.has(t)
         )
 
@@ -327,19 +338,19 @@ class Analysis:
         """Whether no channel of the tensor is alive."""
         return self.has(tensor) and not alive[self.layouts.of[tensor.name]].any()
 
-    def node_dead(self, node: gs.Node, alive: np.ndarray) -> bool:
-        """Whether the node disappears: no channel of any output is alive."""
+    def is_gone(self, op: Operator, alive: np.ndarray) -> bool:
+        """Whether a node disappears: no channel of any output is alive."""
         return all(
             self.dead(t, alive) or (not self.has(t) and not self._read(t))
-            for t in node.outputs
+            for t in op.outputs
             if t.name
         )
 
-    def _never_empty(self, node: gs.Node, rule: Operator, alive: np.ndarray) -> bool:
+    def _never_empty(self, op: Operator, alive: np.ndarray) -> bool:
         changed = False
-        if rule.drops_empty_inputs or self.node_dead(node, alive):
+        if op.drops_empty_inputs or self.is_gone(op, alive):
             return False
-        for tensor in node.inputs:
+        for tensor in op.inputs:
             if self.dead(tensor, alive):
                 alive[self.layouts.of[tensor.name].ravel()[0]] = True
                 changed = True

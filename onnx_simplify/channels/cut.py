@@ -9,6 +9,7 @@ import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.analysis import Analysis
 from onnx_simplify.channels.merge import Merger
+from onnx_simplify.channels.operators import Operator
 from onnx_simplify.graph.edit import Editor, compress, drop_unused, label, set_input
 from onnx_simplify.graph.model import Model
 
@@ -19,12 +20,15 @@ class Cut:
     Attributes:
         analysis: the analysis the removal is based on.
         alive: which labels stay, bool ``(labels,)``, closed under :meth:`Analysis.close`.
-        mergers: how groups of convolutions are merged, by ``id(node)``.
+        mergers: how groups of convolutions are merged.
         model: the model being rewritten.
     """
 
     def __init__(
-        self, analysis: Analysis, alive: np.ndarray, mergers: Mapping[int, Merger] | None = None
+        self,
+        analysis: Analysis,
+        alive: np.ndarray,
+        mergers: Mapping[Operator, Merger] | None = None,
     ):
         """Plan a removal; :meth:`apply` carries it out."""
         self.analysis = analysis
@@ -40,9 +44,9 @@ class Cut:
 
     def apply(self) -> None:
         """Rewrite all nodes, in place."""
-        for node in self.model.graph.nodes:
-            if not self.analysis.node_dead(node, self.alive):
-                self.analysis.rule[id(node)].shrink(node, self)
+        for op in self.analysis.operators:
+            if not self.analysis.is_gone(op, self.alive):
+                op.shrink(self)
         for tensor in self.model.graph.tensors().values():
             for axis, mask in self.kept(tensor).items():
                 tensor.shape[axis] = int(mask.sum())

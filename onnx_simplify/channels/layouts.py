@@ -36,14 +36,12 @@ class Layouts:
         of: layout by tensor name; ids are final only after :meth:`unite`.
         frozen: labels of channels that must not be removed, with :meth:`unite`.
         frozen_by: such labels and why they are, in the order in which that was said.
-        opaque: why a node is opaque, by ``id(node)``.
     """
 
     def __init__(self, model: Model):
         """Start with no layout; the shapes of the model's tensors must have been inferred."""
         self.model = model
         self.of: dict[str, np.ndarray] = {}
-        self.opaque: dict[int, str] = {}
         self.readers = consumers(model)
         self._count = 0
         self._pairs: list[tuple[np.ndarray, np.ndarray]] = []

@@ -15,10 +15,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.analysis import Analysis
-from onnx_simplify.channels.operators.linear import Convolution, Linear
+from onnx_simplify.channels.operators import Operator
+from onnx_simplify.channels.operators.linear import Linear
 
 
 @dataclass(frozen=True)
@@ -26,26 +26,24 @@ class Merger:
     """New groups of a convolution.
 
     Attributes:
-        node: the convolution; weights between different new groups are zero.
+        product: the convolution; weights between different new groups are zero.
         groups: how many.
         sources: labels of the input channels that stay, group by group.
         results: labels of the output channels that stay, group by group.
     """
 
-    node: gs.Node
+    product: Linear
     groups: int
     sources: np.ndarray
     results: np.ndarray
 
     def fits(self, analysis: Analysis, alive: np.ndarray) -> bool:
-        """Whether exactly these channels of the node are alive."""
-        rule = analysis.rule[id(self.node)]
-        assert isinstance(rule, Linear)
-        source, result = (int(alive[s].sum()) for s in rule.channels(self.node, analysis))
+        """Whether exactly these channels of the convolution are alive."""
+        source, result = (int(alive[s].sum()) for s in self.product.channels(analysis))
         return (source, result) == (self.sources.size, self.results.size)
 
 
-def can_move(analysis: Analysis, labels: np.ndarray, free: Collection[int] = ()) -> bool:
+def can_move(analysis: Analysis, labels: np.ndarray, free: Collection[Operator] = ()) -> bool:
     """Whether channels may be put into any order.
 
     That is, whether every tensor that has any of them has each of them once, along one axis, has no
@@ -54,13 +52,13 @@ def can_move(analysis: Analysis, labels: np.ndarray, free: Collection[int] = ())
     Args:
         analysis: the analysis.
         labels: the channels.
-        free: ``id(node)`` of nodes that take them in any order, because they get new groups.
+        free: operators that take them in any order, because they get new groups.
     """
     if np.unique(labels).size != labels.size or analysis.layouts.frozen[labels].any():
         return False
     among = np.zeros(analysis.layouts.frozen.size, bool)
     among[labels] = True
-    nodes: dict[int, gs.Node] = {}
+    touching: set[Operator] = set()
     for name in analysis.tensors_with(labels):
         layout = analysis.layouts.of[name]
         found = among[layout]
@@ -71,12 +69,9 @@ def can_move(analysis: Analysis, labels: np.ndarray, free: Collection[int] = ())
         if not np.array_equal(layout.ravel(), labels):
             return False
         if name in analysis.producer:
-            nodes[id(analysis.producer[name])] = analysis.producer[name]
-        nodes |= {id(node): node for node, _ in analysis.layouts.readers.get(name, ())}
-    return all(
-        key in free or analysis.rule[key].may_reorder(node, analysis)
-        for key, node in nodes.items()
-    )
+            touching.add(analysis.producer[name])
+        touching.update(op for op, _ in analysis.readers.get(name, ()))
+    return all(op in free or op.may_reorder(analysis) for op in touching)
 
 
 def filled_up(groups: Sequence[np.ndarray], size: int, spare: np.ndarray) -> np.ndarray:
@@ -88,18 +83,17 @@ def filled_up(groups: Sequence[np.ndarray], size: int, spare: np.ndarray) -> np.
     return np.concatenate(found)
 
 
-def is_placement(node: gs.Node, rule: Convolution, *, grouped: bool = False) -> bool:
+def is_placement(product: Linear, *, grouped: bool = False) -> bool:
     """Whether every input channel goes to one place at most, and one to each.
 
     Args:
-        node: a convolution.
-        rule: its rule.
+        product: a convolution.
         grouped: whether it may have groups.
     """
-    groups, _, inputs = rule.dims(node)
+    groups, _, inputs = product.dims
     if groups > 1 and not grouped:
         return False
-    if inputs == 1 or rule.taps(node) > 1 or rule.spread_axes(node):
+    if inputs == 1 or product.taps() > 1 or product.spread_axes():
         return False
-    used = rule.used(node)
+    used = product.used
     return bool((used.sum(axis=1) <= 1).all() and (used.sum(axis=2) <= 1).all())

@@ -15,9 +15,6 @@ from onnx_simplify.graph.quantized import Quantized, QuantizedConstant
 # Initializers of so many elements may be copied.
 _SMALL = 64
 
-DERIVED = "_derived"
-"""Attribute of an initializer that holds what was computed from its values."""
-
 
 class ZeroedSlices(LazyValues):
     """An array some slices of which are zero, written down without copying the array.
@@ -167,7 +164,6 @@ class Editor:
             # Tensors are in reference cycles: without this, the array would live on for long.
             if not isinstance(old, QuantizedConstant):
                 old.values = _NOTHING
-            old.__dict__.pop(DERIVED, None)
         else:
             values = values.load() if isinstance(values, ZeroedSlices) else values
             arrays = values.arrays() if isinstance(values, Quantized) else [values]

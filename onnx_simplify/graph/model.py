@@ -26,6 +26,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from onnx_simplify.errors import ModelError, first_line
+from onnx_simplify.graph.patterns import Patterns
 from onnx_simplify.graph.quantized import READERS, Quantized, QuantizedConstant, read_quantized
 from onnx_simplify.graph.wire import split_raw_data
 
@@ -57,6 +58,7 @@ class Model:
         disputed: outputs of nodes whose shapes inference gets wrong, by onnxruntime's standards.
         files: what the model was loaded from: its file, then those of external data.
         source_bytes: size of what the model was loaded from, external data included.
+        patterns: which weights are zero.
         keep_shared: leave nodes alone whose weights others read, too, so that these need no copy.
         stand_in: run a float32 version of the model, see :mod:`onnx_simplify.runtime.widen`.
     """
@@ -119,6 +121,7 @@ class Model:
         self.pinned: set[str] = set()
         self.mapped: list[mmap.mmap] = []
         self.keep_shared = False
+        self.patterns = Patterns()
         self.stand_in = False
         self.disputed: frozenset[str] = frozenset()
         self.files: list[Path] = []

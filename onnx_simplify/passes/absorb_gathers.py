@@ -13,14 +13,14 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.analysis import Analysis
-from onnx_simplify.channels.operators.linear import Convolution
-from onnx_simplify.channels.operators.structural import Gather, Slice, Split
+from onnx_simplify.channels.operators import Operator
+from onnx_simplify.channels.operators.linear import Linear
 from onnx_simplify.graph.edit import Editor, drop_unused, label
 from onnx_simplify.graph.model import Model
 from onnx_simplify.planning.layers import layer_of
 from onnx_simplify.planning.planner import Planner
 
-Users = list[tuple[gs.Node, int]]
+Users = list[tuple[Operator, int]]
 
 
 def absorb_gathers(model: Model, planner: Planner) -> None:
@@ -35,25 +35,27 @@ def absorb_gathers(model: Model, planner: Planner) -> None:
             return
         analysis = Analysis(model)
         editor = Editor(model, analysis.layouts.readers)
-        for node in model.graph.nodes:
-            indices = _indices(analysis, node)
-            users = analysis.layouts.readers.get(node.outputs[0].name, [])
+        for op in analysis.operators:
+            indices = _indices(analysis, op)
+            users = analysis.readers.get(op.outputs[0].name, [])
             if indices is not None and users:
-                rewrite(analysis, editor, planner, node, indices, users)
+                rewrite(analysis, editor, planner, op.node, indices, users)
         editor.finish()
         drop_unused(model)
 
 
-def _indices(analysis: Analysis, node: gs.Node) -> np.ndarray | None:
+def _indices(analysis: Analysis, op: Operator) -> np.ndarray | None:
     """Which channels (of axis 1) a node gathers; None if it does something else."""
-    rule = analysis.rule[id(node)]
-    if not isinstance(rule, Gather) or analysis.model.is_kept(node.outputs[0]):
+    if op.node.op != "Gather" or op.is_opaque or analysis.model.is_kept(op.outputs[0]):
         return None
-    layout = analysis.layouts.of[node.inputs[0].name]
-    if node.attrs.get("axis", 0) != 1 or layout.ndim < 3 or not 1 < layout.size == layout.shape[1]:
+    layout = analysis.layouts.of[op.inputs[0].name]
+    if set(op.picks(analysis.layouts)) != {1} or layout.ndim < 3:
         return None
-    indices = rule.indices(node, analysis.layouts)
-    return indices if indices.ndim == 1 else None
+    if not 1 < layout.size == layout.shape[1]:
+        return None
+    places = np.arange(layout.size).reshape(layout.shape)
+    (picked,) = op.move(analysis.layouts, [places])
+    return picked.ravel() if picked.ndim == layout.ndim else None
 
 
 def _split(
@@ -70,17 +72,16 @@ def _split(
     source = node.inputs[0]
     places = np.arange(indices.size).reshape([1, -1] + [1] * (len(analysis.shape(source)) - 2))
     for user, _ in users:
-        rule = analysis.rule[id(user)]
-        assert isinstance(rule, (Split, Slice))
         # Sizes of the pieces may be those of the outputs.
-        pieces = rule.move(user, analysis.layouts, [places])
+        pieces = user.move(analysis.layouts, [places])
         results = list(user.outputs)
-        user.outputs = [gs.Variable.empty() for _ in results]
+        user.node.outputs = [gs.Variable.empty() for _ in results]
         for result, piece in zip(results, pieces, strict=True):
             if result.name:
                 taken = editor.model.constant("indices", indices[piece.ravel()].astype(np.int64))
                 name = editor.model.unique(f"{label(node)}_piece")
-                editor.after(user, gs.Node("Gather", name, {"axis": 1}, [source, taken], [result]))
+                piece_node = gs.Node("Gather", name, {"axis": 1}, [source, taken], [result])
+                editor.after(user.node, piece_node)
 
 
 def _spread(
@@ -92,31 +93,25 @@ def _spread(
     users: Users,
 ) -> None:
     """Let convolutions read all channels of the source, most of them with zeros."""
-    if any(index != 0 or not _is_plain(analysis, user) for user, index in users):
+    products = [p for user, _ in users for p in user.contractions if _is_plain(p)]
+    if any(index != 0 for _, index in users) or len(products) < len(users):
         return
     channels = analysis.layouts.of[node.inputs[0].name].size
-    layers = [layer_of(user, Convolution(), analysis) for user, _ in users]
+    layers = [layer_of(product, analysis) for product in products]
     if np.unique(indices).size < indices.size or not planner.prefers_zeros(layers, channels):
         return
-    for user, _ in users:
-        weight = user.inputs[1].values
-        wide = np.zeros((weight.shape[0], channels, *weight.shape[2:]), weight.dtype)
-        wide[:, indices] = weight
-        editor.put(user, 1, wide)
-        user.inputs[0] = node.inputs[0]
+    for product in products:
+        weight = product.weights()
+        wide = np.zeros((*weight.shape[:2], channels, *weight.shape[3:]), weight.dtype)
+        wide[:, :, indices] = weight
+        product.set_weights(wide, editor.put)
+        product.inputs[0] = node.inputs[0]
 
 
-def _takes_pieces(analysis: Analysis, node: gs.Node) -> bool:
+def _takes_pieces(analysis: Analysis, op: Operator) -> bool:
     """Whether a node takes pieces along axis 1 and does nothing else."""
-    rule = analysis.rule[id(node)]
-    rank = len(analysis.shape(node.inputs[0]))
-    if isinstance(rule, Split):
-        return bool(node.attrs.get("axis", 0) % rank == 1)
-    return isinstance(rule, Slice) and set(rule.bounds(node, rank) or ()) == {1}
+    return op.node.op != "Gather" and set(op.picks(analysis.layouts)) == {1}
 
 
-def _is_plain(analysis: Analysis, node: gs.Node) -> bool:
-    rule = analysis.rule[id(node)]
-    return (
-        isinstance(rule, Convolution) and rule.dims(node)[0] == 1 and not rule.is_quantized(node)
-    )
+def _is_plain(product: Linear) -> bool:
+    return product.regroups and product.dims[0] == 1 and not product.is_quantized()

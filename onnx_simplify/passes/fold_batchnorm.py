@@ -15,8 +15,7 @@ from collections.abc import Collection, Iterator
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnx_simplify.channels.layouts import Unsupported
-from onnx_simplify.channels.operators import lookup
+from onnx_simplify.channels.operators import bind
 from onnx_simplify.channels.operators.base import constant_input, has_input
 from onnx_simplify.channels.operators.elementwise import has_equal_vectors
 from onnx_simplify.channels.operators.linear import Linear
@@ -113,34 +112,32 @@ def _is_inference(bn: gs.Node) -> bool:
 
 
 def _linear(node: gs.Node) -> Linear | None:
-    """The node's rule, if it is a linear operator with constant weights and bias."""
-    rule = lookup(node)
-    if not isinstance(rule, Linear) or rule.is_quantized(node):
+    """The node's product with constant weights, if that is all it does; its bias is constant."""
+    products = bind(node).contractions
+    if len(products) != 1 or products[0].is_quantized() or not products[0].is_sound:
         return None
-    try:
-        wiring = rule.wiring(node)
-        groups, outputs, _ = rule.dims(node)
-    except Unsupported:
-        return None
+    (product,) = products
+    wiring = product.wiring
+    groups, outputs, _ = product.dims
     if wiring.bias is not None and has_input(node, wiring.bias):
         bias = constant_input(node, wiring.bias)
         if bias is None or bias.shape[-1:] not in ((), (1,), (groups * outputs,)):
             return None
-    return rule
+    return product
 
 
 def _folds_behind(model: Model, readers: Readers, node: gs.Node, bn: gs.Node) -> bool:
-    rule = _linear(node)
+    product = _linear(node)
     result = node.outputs[0]
-    if rule is None or model.is_kept(result):
+    if product is None or model.is_kept(result):
         return False
     if len(readers.get(result.name, [])) != 1:
         return False
-    wiring = rule.wiring(node)
+    wiring = product.wiring
     channels = bn.inputs[1].values.size
     return (
         _is_channel_axis(result, wiring.axis_out)
-        and int(np.prod(rule.dims(node)[:2])) == channels
+        and int(np.prod(product.dims[:2])) == channels
     )
 
 
@@ -152,27 +149,27 @@ def _is_channel_axis(tensor: gs.Tensor, axis: int) -> bool:
 
 
 def _folds_before(model: Model, node: gs.Node, bn: gs.Node, index: int) -> bool:
-    rule = _linear(node)
+    product = _linear(node)
     source = bn.outputs[0]
-    if rule is None:
+    if product is None:
         return False
-    wiring = rule.wiring(node)
-    groups, _, inputs = rule.dims(node)
+    wiring = product.wiring
+    groups, _, inputs = product.dims
     if index != wiring.data or not _is_channel_axis(source, wiring.axis_in):
         return False
     if groups * inputs != bn.inputs[1].values.size:
         return False
-    return not rule.spread_axes(node) or not affine(bn)[1].any()
+    return not product.spread_axes() or not affine(bn)[1].any()
 
 
 def _fold_behind(editor: Editor, node: gs.Node, bn: gs.Node) -> None:
-    rule = _linear(node)
-    assert rule is not None
+    product = _linear(node)
+    assert product is not None
     scale, shift = affine(bn)
-    weight = rule.weights(node)
+    weight = product.weights()
     factor = scale.reshape(*weight.shape[:2], *[1] * (weight.ndim - 2))
-    rule.set_weights(node, weight * factor.astype(_wide(weight)), editor.put)
-    index = rule.wiring(node).bias
+    product.set_weights(weight * factor.astype(_wide(weight)), editor.put)
+    index = product.wiring.bias
     bias = None if index is None else constant_input(node, index)
     beta = float(node.attrs.get("beta", 1.0)) if node.op == "Gemm" else 1.0
     result = bn.outputs[0]
@@ -184,22 +181,22 @@ def _fold_behind(editor: Editor, node: gs.Node, bn: gs.Node) -> None:
         # Rounded once: in half precision the two terms may all but cancel.
         total = bias.astype(np.float64) * scale + shift / beta
         editor.put(node, index, total.astype(bias.dtype))
-    elif not rule.add_bias(node, shift, editor.put):
-        editor.add_behind(node, rule.per_channel(node, shift))
+    elif not product.add_bias(shift, editor.put):
+        editor.add_behind(node, product.per_channel(shift))
 
 
 def _fold_before(editor: Editor, node: gs.Node, bn: gs.Node) -> None:
-    rule = _linear(node)
-    assert rule is not None
+    product = _linear(node)
+    assert product is not None
     scale, shift = affine(bn)
-    response = rule.response(node, shift)
-    weight = rule.weights(node)
+    response = product.response(shift)
+    weight = product.weights()
     groups, _, inputs = weight.shape[:3]
     factor = scale.reshape(groups, 1, inputs, *[1] * (weight.ndim - 3))
-    rule.set_weights(node, weight * factor.astype(_wide(weight)), editor.put)
-    node.inputs[rule.wiring(node).data] = bn.inputs[0]
-    if response.any() and not rule.add_bias(node, response, editor.put):
-        editor.add_behind(node, rule.per_channel(node, response))
+    product.set_weights(weight * factor.astype(_wide(weight)), editor.put)
+    node.inputs[product.wiring.data] = bn.inputs[0]
+    if response.any() and not product.add_bias(response, editor.put):
+        editor.add_behind(node, product.per_channel(response))
 
 
 def _wide(array: np.ndarray) -> type:

@@ -24,8 +24,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from onnx_simplify.channels.analysis import Analysis
-from onnx_simplify.channels.operators.elementwise import Elementwise
+from onnx_simplify.channels.analysis import Absorbed, Analysis
 from onnx_simplify.channels.operators.linear import Linear
 from onnx_simplify.channels.values import VARYING
 from onnx_simplify.graph.edit import Editor, label
@@ -100,9 +99,9 @@ def _store_constant_operands(analysis: Analysis) -> bool:
     model = analysis.model
     need = analysis.needed
     changed = False
-    for node in model.graph.nodes:
-        rule = analysis.rule[id(node)]
-        if not isinstance(rule, Elementwise) or node.op == "PRelu":
+    for op in analysis.operators:
+        node = op.node
+        if not op.stores_operands:
             continue
         operands = [t for t in node.inputs if t.name and not isinstance(t, gs.Constant)]
         fixed = [t for t in operands if ((analysis.level[t.name] > VARYING) | ~need[t.name]).all()]
@@ -133,12 +132,13 @@ def _store_constant_results(analysis: Analysis) -> bool:
     editor = Editor(model, analysis.layouts.readers)
     kept = {t.name for t in model.graph.outputs}
     changed = False
-    for node in model.graph.nodes:
+    for op in analysis.operators:
+        node = op.node
         for index, result in enumerate(node.outputs):
             if not analysis.has(result) or not (analysis.level[result.name] > VARYING).all():
                 continue
-            users = editor.readers.get(result.name, [])
-            if result.name not in kept and not any(analysis.is_opaque(u) for u, _ in users):
+            users = analysis.readers.get(result.name, [])
+            if result.name not in kept and not any(user.is_opaque for user, _ in users):
                 continue
             values = _stored(analysis, result, np.ones(analysis.level[result.name].shape, bool))
             shape = _shape_nodes(analysis, result)
@@ -220,10 +220,11 @@ def _same_shape(
 
 @dataclass
 class Reader:
-    """A linear node that reads constant channels; arrays have one entry per input channel.
+    """What reads constant channels; arrays have one entry per input channel.
 
     Attributes:
-        place: where it comes in the order of execution.
+        product: what they are multiplied with constant weights in.
+        labels: the channels.
         scalar: channels whose constant goes into the bias (zeros among them).
         padded: uniform non-zero channels under padding.
         mapped: channels whose constant varies in space.
@@ -234,9 +235,7 @@ class Reader:
         stand_ins: (channels, those that stand for them, weights ``[stand-ins, channels]``).
     """
 
-    place: int
-    node: gs.Node
-    rule: Linear
+    product: Linear
     labels: np.ndarray
     scalar: np.ndarray
     padded: np.ndarray
@@ -263,14 +262,14 @@ def alive_after(
     analysis: Analysis, readers: list[Reader], *, decided: bool = False
 ) -> np.ndarray:
     """Labels that stay if everything that can be absorbed is, or all that it was decided to."""
-    absorbed = {}
+    absorbed: Absorbed = {}
     for reader in readers:
-        wiring = reader.rule.wiring(reader.node)
-        layout = analysis.layouts.of[reader.node.inputs[wiring.data].name]
+        wiring = reader.product.wiring
+        layout = analysis.layouts.of[reader.product.inputs[wiring.data].name]
         axis = wiring.axis_in % layout.ndim
         shape = [-1 if a == axis else 1 for a in range(layout.ndim)]
         mask = reader.absorb if decided else reader.candidates
-        absorbed[id(reader.node), wiring.data] = mask.reshape(shape)
+        absorbed[reader.product, wiring.data] = mask.reshape(shape)
     return analysis.alive(analysis.need(absorbed))
 
 
@@ -303,41 +302,38 @@ def _absorb(
 
 
 def find_readers(analysis: Analysis, *, only_zeros: bool) -> list[Reader]:
-    """The linear nodes that read constant channels, with the ways in which they could absorb them.
+    """The products that read constant channels, with the ways in which they could absorb them.
 
     Args:
         analysis: an analysis with levels.
         only_zeros: look at nothing but zeros, which need no bias.
     """
     found = []
-    for place, node in enumerate(analysis.model.graph.nodes):
-        rule = analysis.rule[id(node)]
-        if not isinstance(rule, Linear):
-            continue
-        wiring = rule.wiring(node)
-        tensor = node.inputs[wiring.data]
+    for product in analysis.contractions:
+        wiring = product.wiring
+        tensor = product.inputs[wiring.data]
         layout = analysis.layouts.of[tensor.name]
-        level = rule.input_level(node, analysis)
+        level = product.input_level(analysis)
         if layout.shape[wiring.axis_in] == 1 or not (level > VARYING).any():
             continue
-        labels, _ = rule.channels(node, analysis)
-        values = rule.input_values(node, analysis)
+        labels, _ = product.channels(analysis)
+        values = product.input_values(analysis)
         zero, uniform = values == 0, np.isfinite(values)
-        spread = bool(rule.spread_axes(node))
-        static = rule.is_static(node, analysis)
+        spread = bool(product.spread_axes())
+        static = product.is_static(analysis)
         usable = static and analysis.array(tensor) is not None
         mapped = (level > VARYING) & ~uniform & usable
         scalar, padded = (zero, uniform & ~zero) if spread else (uniform, np.zeros_like(zero))
-        if rule.is_quantized(node):
+        if product.is_quantized():
             # The bias takes what it can store exactly; nothing else may be added or merged.
-            scalar = scalar & rule.stores_exactly(node, np.where(scalar, values, 0))
+            scalar = scalar & product.stores_exactly(np.where(scalar, values, 0))
             padded = mapped = np.zeros_like(zero)
-        if rule.is_integer(node):
+        if product.is_integer():
             # Maps and factors between constants are computed in floating point.
             padded = mapped = np.zeros_like(zero)
         if only_zeros:
             scalar, padded, mapped = zero, np.zeros_like(zero), np.zeros_like(zero)
-        reader = Reader(place, node, rule, labels, scalar, padded, mapped, values)
+        reader = Reader(product, labels, scalar, padded, mapped, values)
         if reader.candidates.any():
             found.append(reader)
     return found
@@ -359,7 +355,7 @@ class _Choice:
 def _decide(choice: _Choice, reader: Reader) -> None:
     """Choose what to absorb and how."""
     alive = choice.alive
-    used = reader.rule.used(reader.node)
+    used = reader.product.used
     reader.absorb = reader.candidates & ~alive[reader.labels] & used.any(axis=1).ravel()
     varied = reader.absorb & ~reader.scalar
     if not varied.any():
@@ -372,8 +368,8 @@ def _decide(choice: _Choice, reader: Reader) -> None:
 
 def _decide_uniform(choice: _Choice, reader: Reader, padded: np.ndarray) -> None:
     """One channel of each group stands for all others: their constants are multiples of its."""
-    groups, _, inputs = reader.rule.used(reader.node).shape
-    static = reader.rule.is_static(reader.node, choice.analysis)
+    groups, _, inputs = reader.product.used.shape
+    static = reader.product.is_static(choice.analysis)
     if groups > 1 and static:
         return
     # A constant channel that stays anyway stands for the others at no cost.
@@ -399,9 +395,10 @@ def _decide_uniform(choice: _Choice, reader: Reader, padded: np.ndarray) -> None
 def _decide_mapped(choice: _Choice, reader: Reader, varied: np.ndarray) -> None:
     """A few channels stand for all others, whose maps are linear combinations of theirs."""
     analysis = choice.analysis
-    source = reader.node.inputs[reader.rule.wiring(reader.node).data]
+    wiring = reader.product.wiring
+    source = reader.product.inputs[wiring.data]
     known = analysis.array(source)
-    axis = reader.rule.wiring(reader.node).axis_in % len(analysis.shape(source))
+    axis = wiring.axis_in % len(analysis.shape(source))
     members = np.flatnonzero(varied)
     if known is None or known.shape[axis] != reader.labels.size:
         return
@@ -409,7 +406,7 @@ def _decide_mapped(choice: _Choice, reader: Reader, varied: np.ndarray) -> None:
     uniform = np.isfinite(reader.values[members])
     maps[uniform] = reader.values[members][uniform, None]
     # Without padding the bias takes what is the same everywhere.
-    free = not reader.rule.spread_axes(reader.node)
+    free = not reader.product.spread_axes()
     found = basis(maps, free, _LARGEST_BASIS)
     if found is None:
         return
@@ -423,21 +420,22 @@ def _decide_mapped(choice: _Choice, reader: Reader, varied: np.ndarray) -> None:
 def _is_cheaper(choice: _Choice, reader: Reader, stand_ins: np.ndarray) -> bool:
     """Whether these channels shall stay to stand for others, rather than a map be added."""
     analysis, alive = choice.analysis, choice.alive
-    node, rule = reader.node, reader.rule
-    source, result = rule.positions(node, analysis)
-    outputs = int(alive[rule.channels(node, analysis)[1]].sum()) * result
-    own = Work(int(alive[reader.labels].sum()), rule.taps(node) * outputs, source)
+    product = reader.product
+    source, result = product.positions(analysis)
+    outputs = int(alive[product.channels(analysis)[1]].sum()) * result
+    own = Work(int(alive[reader.labels].sum()), product.taps() * outputs, source)
+    places = analysis.places
     makers = {
-        place: (maker, how)
+        maker
         for channel in reader.labels[stand_ins]
-        for place, maker, how in analysis.makers.get(int(channel), [])
-        if place < reader.place
+        for maker in analysis.makers.get(int(channel), [])
+        if places[maker] < places[product]
     }
     producers = []
-    for _, (maker, how) in sorted(makers.items()):
-        inputs, results = how.channels(maker, analysis)
-        each = max(1, int(alive[inputs].sum()) // len(how.used(maker))) * how.taps(maker)
-        positions = how.positions(maker, analysis)[1]
+    for maker in sorted(makers, key=places.__getitem__):
+        inputs, results = maker.channels(analysis)
+        each = max(1, int(alive[inputs].sum()) // maker.dims[0]) * maker.taps()
+        positions = maker.positions(analysis)[1]
         producers.append(Work(int(alive[results].sum()), each * positions, positions))
     return choice.planner.prefers_stand_ins(stand_ins.size, producers, own, outputs)
 
@@ -502,16 +500,16 @@ def _rewrite(
 ) -> None:
     if not reader.absorb.any():
         return
-    node, rule = reader.node, reader.rule
+    product = reader.product
     scalar = reader.absorb & reader.scalar
     mapped = reader.absorb & ~scalar & ~reader.replaced
     # Nobody looks at an output that is dead.
-    seen = alive[rule.channels(node, analysis)[1]]
-    shift = rule.response(node, np.where(scalar, reader.values, reader.offsets)) * seen
+    seen = alive[product.channels(analysis)[1]]
+    shift = product.response(np.where(scalar, reader.values, reader.offsets)) * seen
     addend = None
     if mapped.any() and seen.any():
         addend = _response_map(analysis, reader, mapped)
-        axis = rule.wiring(node).axis_out % addend.ndim
+        axis = product.wiring.axis_out % addend.ndim
         addend *= seen.reshape([-1 if a == axis else 1 for a in range(addend.ndim)])
         flat = np.moveaxis(addend, axis, 0).reshape(addend.shape[axis], -1)
         if np.allclose(flat, flat[:, :1], rtol=1e-6, atol=1e-12):
@@ -519,16 +517,16 @@ def _rewrite(
             addend = None
     if reader.stand_ins:
         _merge_columns(reader, editor)
-    rule.zero_columns(node, reader.absorb, editor.put)
-    if shift.any() and not rule.add_bias(node, shift, editor.put):
-        editor.add_behind(node, rule.per_channel(node, shift))
+    product.zero_columns(reader.absorb, editor.put)
+    if shift.any() and not product.add_bias(shift, editor.put):
+        editor.add_behind(product.node, product.per_channel(shift))
     if addend is not None:
-        editor.add_behind(node, addend)
+        editor.add_behind(product.node, addend)
 
 
 def _merge_columns(reader: Reader, editor: Editor) -> None:
     """Add the scaled weights of channels to those of the channels that stand for them."""
-    weight = np.array(reader.rule.weights(reader.node))
+    weight = np.array(reader.product.weights())
     inputs = weight.shape[2]
     for members, chosen, factors in reader.stand_ins:
         if not members.size:
@@ -537,7 +535,7 @@ def _merge_columns(reader: Reader, editor: Editor) -> None:
         columns = weight[group][:, members % inputs].astype(np.float64)
         extra = np.einsum("om...,km->ok...", columns, factors)
         weight[group][:, chosen % inputs] += extra.astype(weight.dtype)
-    reader.rule.set_weights(reader.node, weight, editor.put)
+    reader.product.set_weights(weight, editor.put)
 
 
 def _response_map(analysis: Analysis, reader: Reader, mask: np.ndarray) -> np.ndarray:
@@ -545,13 +543,13 @@ def _response_map(analysis: Analysis, reader: Reader, mask: np.ndarray) -> np.nd
 
     The node itself is run on these channels alone, with size 1 along axes where nothing varies.
     """
-    node, rule = reader.node, reader.rule
-    wiring = rule.wiring(node)
-    source = node.inputs[wiring.data]
+    product = reader.product
+    wiring = product.wiring
+    source = product.inputs[wiring.data]
     sizes = analysis.shape(source)
     axis = wiring.axis_in % len(sizes)
     known = analysis.array(source)
-    spread = rule.spread_axes(node)
+    spread = product.spread_axes()
     shape = []
     for a, size in enumerate(sizes):
         varies = known is not None and known.shape[a] > 1
@@ -559,13 +557,13 @@ def _response_map(analysis: Analysis, reader: Reader, mask: np.ndarray) -> np.nd
             assert isinstance(size, int)
             shape.append(size)
         else:
-            shape.append(rule.window(node, a))
+            shape.append(product.window(a))
     column = [-1 if a == axis else 1 for a in range(len(sizes))]
     values = np.where(np.isfinite(reader.values), reader.values, 0).reshape(column)
     if known is not None:
         values = np.where(np.isfinite(reader.values).reshape(column), values, known)
     data = np.broadcast_to(np.where(mask.reshape(column), values, 0), shape).astype(np.float32)
-    return _run_alone(analysis.model, node, wiring.data, wiring.weight, data)
+    return _run_alone(analysis.model, product.node, wiring.data, wiring.weight, data)
 
 
 def _run_alone(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from onnx_simplify.channels.analysis import Analysis
 from onnx_simplify.channels.cut import Cut
-from onnx_simplify.channels.operators.linear import Linear
 from onnx_simplify.graph.model import Model
 from onnx_simplify.passes.regroup_shuffles import regroup_shuffles
 from onnx_simplify.planning.planner import Planner
@@ -35,9 +34,8 @@ def remove_zeroed(model: Model, planner: Planner) -> dict[int, int]:
     closed, mergers = planner.close(analysis, alive)
     aligned = closed & ~analysis.close(alive, free=mergers)
     found = {
-        id(node): int(aligned[rule.channels(node, analysis)[1]].sum())
-        for node in model.graph.nodes
-        if isinstance(rule := analysis.rule[id(node)], Linear)
+        id(product.node): int(aligned[product.channels(analysis)[1]].sum())
+        for product in analysis.contractions
     }
     Cut(analysis, closed, mergers).apply()
     return found

@@ -21,10 +21,10 @@ import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.analysis import Analysis
 from onnx_simplify.channels.merge import can_move, is_placement
-from onnx_simplify.channels.operators.elementwise import Elementwise
-from onnx_simplify.channels.operators.linear import Convolution
-from onnx_simplify.channels.operators.spatial import Spatial
+from onnx_simplify.channels.operators import Operator
+from onnx_simplify.channels.operators.linear import Linear
 from onnx_simplify.channels.values import VARYING
+from onnx_simplify.graph.edit import is_add
 from onnx_simplify.planning.layers import layer_of, layers_at
 from onnx_simplify.planning.planner import Planner
 from onnx_simplify.planning.streams import Operand
@@ -50,11 +50,11 @@ def split_sums(analysis: Analysis, planner: Planner) -> bool:
         }
     )
     streams: dict[bytes, dict[str, tuple[gs.Tensor, Operand]]] = {}
-    for node in model.graph.nodes:
-        for tensor in _operands(analysis, node):
+    for op in analysis.operators:
+        for tensor in _operands(analysis, op):
             operand = _operand(analysis, alive, tensor)
             if operand is not None:
-                key = analysis.layouts.of[node.outputs[0].name].tobytes()
+                key = analysis.layouts.of[op.outputs[0].name].tobytes()
                 streams.setdefault(key, {})[tensor.name] = tensor, operand
     inserted: dict[str, gs.Node] = {}
     # One array for all of a size: they are large, and most of them are soon cut down.
@@ -69,28 +69,28 @@ def split_sums(analysis: Analysis, planner: Planner) -> bool:
             inserted[tensors[index].name] = _identity(analysis, tensors[index], weights)
     placed: set[str] = set()
     nodes = []
-    for node in model.graph.nodes:
-        for tensor in _operands(analysis, node):
+    for op in analysis.operators:
+        for tensor in _operands(analysis, op):
             identity = inserted.get(tensor.name)
             if identity is None:
                 continue
             if tensor.name not in placed:
                 nodes.append(identity)
                 placed.add(tensor.name)
-            for index, other in enumerate(node.inputs):
+            for index, other in enumerate(op.inputs):
                 if other is tensor:
-                    node.inputs[index] = identity.outputs[0]
-        nodes.append(node)
+                    op.inputs[index] = identity.outputs[0]
+        nodes.append(op.node)
     model.graph.nodes = nodes
     return bool(placed)
 
 
-def _operands(analysis: Analysis, node: gs.Node) -> list[gs.Tensor]:
+def _operands(analysis: Analysis, op: Operator) -> list[gs.Tensor]:
     """The operands of a sum of two tensors that have the same channels."""
-    if node.op != "Add" or not isinstance(analysis.rule[id(node)], Elementwise):
+    if not is_add(op.node) or op.is_opaque:
         return []
-    layout = analysis.layouts.of[node.outputs[0].name]
-    found = [t for t in node.inputs if analysis.has(t)]
+    layout = analysis.layouts.of[op.outputs[0].name]
+    found = [t for t in op.inputs if analysis.has(t)]
     same = all(np.array_equal(analysis.layouts.of[t.name], layout) for t in found)
     return found if same and len(found) == 2 else []
 
@@ -104,28 +104,25 @@ def _operand(analysis: Analysis, alive: np.ndarray, tensor: gs.Tensor) -> Operan
     maker = _maker(analysis, tensor)
     if maker is None or shape[1] != layout.size or layout.size == 1:
         return None
-    rule = analysis.rule[id(maker)]
-    assert isinstance(rule, Convolution)
-    layer = layer_of(maker, rule, analysis, alive)
+    layer = layer_of(maker, analysis, alive)
     stay = alive[layout.ravel()]
     varies = analysis.level[tensor.name].ravel()[stay] == VARYING
-    if layer.groups > 1 or not varies.any() or varies.all() or is_placement(maker, rule):
+    if layer.groups > 1 or not varies.any() or varies.all() or is_placement(maker):
         return None
     space = [size for size in shape[2:] if isinstance(size, int)]
     return Operand(varies, layer, int(np.prod(space)))
 
 
-def _maker(analysis: Analysis, tensor: gs.Tensor) -> gs.Node | None:
+def _maker(analysis: Analysis, tensor: gs.Tensor) -> Linear | None:
     """The convolution that makes a tensor's channels, with pooling or activations in between."""
-    node = analysis.producer.get(tensor.name)
-    while node is not None:
-        rule = analysis.rule[id(node)]
-        if isinstance(rule, Convolution):
-            return node
-        followed = [t for t in node.inputs if analysis.has(t)]
-        if len(followed) != 1 or not isinstance(rule, (Elementwise, Spatial)):
+    op = analysis.producer.get(tensor.name)
+    while op is not None:
+        if any(product.regroups for product in op.contractions):
+            return op.contractions[0]
+        followed = [t for t in op.inputs if analysis.has(t)]
+        if len(followed) != 1 or not op.channelwise:
             return None
-        node = analysis.producer.get(followed[0].name)
+        op = analysis.producer.get(followed[0].name)
     return None
 
 

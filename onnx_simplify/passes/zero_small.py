@@ -11,10 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
-from onnx_simplify.channels.layouts import Unsupported
-from onnx_simplify.channels.operators import lookup
+from onnx_simplify.channels.operators import contractions
 from onnx_simplify.channels.operators.linear import Linear
 from onnx_simplify.graph.edit import Editor
 from onnx_simplify.graph.model import Model
@@ -33,13 +31,13 @@ def zero_small(model: Model, threshold: float) -> dict[int, int]:
     """
     editor = Editor(model)
     found = {}
-    for node, rule, sizes in _sizes(model):
+    for product, sizes in _sizes(model):
         small = (sizes > 0) & (sizes <= threshold)
         if small.any():
-            weight = np.array(rule.weights(node))
+            weight = np.array(product.weights())
             weight[small] = 0
-            rule.set_weights(node, weight, editor.put)
-            found[id(node)] = int(small.sum())
+            product.set_weights(weight, editor.put)
+            found[id(product.node)] = int(small.sum())
     editor.finish()
     return found
 
@@ -51,28 +49,24 @@ def thresholds(model: Model, largest: float) -> np.ndarray:
         model: as for :func:`zero_small`.
         largest: no threshold above this.
     """
-    sizes = [sizes.ravel() for _, _, sizes in _sizes(model)]
+    sizes = [sizes.ravel() for _, sizes in _sizes(model)]
     known = np.unique(np.concatenate(sizes)) if sizes else np.zeros(0)
     return known[(known > 0) & (known <= largest)]
 
 
-def _sizes(model: Model) -> Iterator[tuple[gs.Node, Linear, np.ndarray]]:
+def _sizes(model: Model) -> Iterator[tuple[Linear, np.ndarray]]:
     """Layers, and each output channel's largest weight relative to the layer's.
 
     The array has shape ``[groups, outputs per group]``.
     """
-    for node in model.graph.nodes:
-        rule = lookup(node)
-        if not isinstance(rule, Linear) or rule.is_quantized(node):
+    for product in contractions(model):
+        if product.is_quantized():
             continue
-        try:
-            weight = rule.weights(node) if rule.dims(node) else None
-        except Unsupported:
-            continue
-        if weight is None or weight.size == 0:
+        weight = product.weights()
+        if weight.size == 0:
             continue
         axes = tuple(range(2, weight.ndim))
         low = weight.min(axis=axes).astype(np.float64)
         size = np.maximum(weight.max(axis=axes).astype(np.float64), -low)
         if np.isfinite(size).all() and size.max() > 0:
-            yield node, rule, size / size.max()
+            yield product, size / size.max()

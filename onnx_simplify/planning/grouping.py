@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.analysis import Analysis
 from onnx_simplify.channels.merge import Merger, can_move, filled_up
-from onnx_simplify.channels.operators.linear import Convolution, Linear
+from onnx_simplify.channels.operators import Operator
+from onnx_simplify.channels.operators.linear import Linear
 from onnx_simplify.planning.costs import Layer, convolution, rounded
 from onnx_simplify.planning.layers import layer_of, layers_at
 from onnx_simplify.planning.profiles import Profile
@@ -20,7 +20,7 @@ _LARGEST = 8
 
 def merge_groups(
     profile: Profile, analysis: Analysis, alive: np.ndarray
-) -> dict[int, Merger]:
+) -> dict[Operator, Merger]:
     """New groups for grouped convolutions, where they are faster than the trimmed old ones.
 
     Args:
@@ -29,38 +29,37 @@ def merge_groups(
         alive: labels that are needed, before :meth:`Analysis.close`; not modified.
 
     Returns:
-        By ``id(node)``. The channels of a merger may not all be alive: dead ones fill it up.
+        By operator. The channels of a merger may not all be alive: dead ones fill it up.
     """
-    found: dict[int, Merger] = {}
+    found: dict[Operator, Merger] = {}
     if not profile.rearranges_blocks:
         return found
     taken: set[int] = set()
-    for node in analysis.model.graph.nodes:
-        rule = analysis.rule[id(node)]
-        if not isinstance(rule, Convolution) or rule.is_quantized(node):
+    for product in analysis.contractions:
+        if not product.regroups or product.is_quantized():
             continue
-        groups, outputs, inputs = rule.dims(node)
+        groups, outputs, inputs = product.dims
         if groups == 1 or (outputs, inputs) == (1, 1):
             continue
-        source, result = rule.channels(node, analysis)
+        source, result = product.channels(analysis)
         labels = set(source.tolist()) | set(result.tolist())
         if taken & labels or set(source.tolist()) & set(result.tolist()):
             continue
-        merger = _best(profile, analysis, node, rule, alive)
+        merger = _best(profile, analysis, product, alive)
         if merger is not None and all(
-            can_move(analysis, s, {id(node)}) for s in (source, result)
+            can_move(analysis, s, {product}) for s in (source, result)
         ):
-            found[id(node)] = merger
+            found[product] = merger
             taken |= labels
     return found
 
 
 def _best(
-    profile: Profile, analysis: Analysis, node: gs.Node, rule: Linear, alive: np.ndarray
+    profile: Profile, analysis: Analysis, product: Linear, alive: np.ndarray
 ) -> Merger | None:
     """The cheapest merger, if it is cheaper than trimming all groups to the widest."""
-    layer = layer_of(node, rule, analysis)
-    source, result = (s.reshape(layer.groups, -1) for s in rule.channels(node, analysis))
+    layer = layer_of(product, analysis)
+    source, result = (s.reshape(layer.groups, -1) for s in product.channels(analysis))
     needs = np.stack([alive[source].sum(axis=1), alive[result].sum(axis=1)], axis=1)
     needs = needs[needs.any(axis=1)]
     if not len(needs):
@@ -89,13 +88,13 @@ def _best(
     bins, room = best
     if (len(bins), *room) == (layer.groups, source.shape[1], result.shape[1]):
         # They have that form: leave them in their order.
-        return Merger(node, layer.groups, source.ravel(), result.ravel())
+        return Merger(product, layer.groups, source.ravel(), result.ravel())
     old = [live[members] for members in bins]
     sides = [
         _filled(labels, alive, old, size)
         for labels, size in zip((source, result), room, strict=True)
     ]
-    return Merger(node, len(bins), *sides)
+    return Merger(product, len(bins), *sides)
 
 
 def _rooms(block: int, needs: np.ndarray) -> Iterator[tuple[int, int]]:

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.analysis import Analysis
 from onnx_simplify.channels.merge import Merger, is_placement
-from onnx_simplify.channels.operators.linear import Convolution
-from onnx_simplify.channels.operators.structural import Concat
+from onnx_simplify.channels.operators import Operator
+from onnx_simplify.channels.operators.linear import Linear
 from onnx_simplify.planning.costs import Layer, convolution, rounded
 from onnx_simplify.planning.grouping import merge_groups
 from onnx_simplify.planning.layers import layers_at
@@ -50,13 +49,13 @@ class Planner:
         """Plan for ``profile``."""
         self.profile = profile
 
-    def merge_groups(self, analysis: Analysis, alive: np.ndarray) -> dict[int, Merger]:
+    def merge_groups(self, analysis: Analysis, alive: np.ndarray) -> dict[Operator, Merger]:
         """New groups for convolutions where that is faster, see :func:`merge_groups`."""
         return merge_groups(self.profile, analysis, alive)
 
     def close(
         self, analysis: Analysis, alive: np.ndarray
-    ) -> tuple[np.ndarray, dict[int, Merger]]:
+    ) -> tuple[np.ndarray, dict[Operator, Merger]]:
         """Decide which channels stay, see :meth:`Analysis.close`, and which groups merge.
 
         Args:
@@ -64,7 +63,7 @@ class Planner:
             alive: labels that are needed; not modified.
 
         Returns:
-            Labels that stay, and mergers by ``id(node)``.
+            Labels that stay, and mergers by operator.
         """
         mergers = self.merge_groups(analysis, alive)
         mergers |= merge_placements(self.profile, analysis, alive)
@@ -79,7 +78,7 @@ class Planner:
             for key in broken:
                 del mergers[key]
 
-    def keep_for_alignment(self, node: gs.Node, analysis: Analysis, alive: np.ndarray) -> bool:
+    def keep_for_alignment(self, op: Operator, analysis: Analysis, alive: np.ndarray) -> bool:
         """Keep dead output channels of a convolution up to the next multiple.
 
         onnxruntime leaves its blocked kernels when a count is no multiple of four, which costs more
@@ -89,16 +88,19 @@ class Planner:
         Returns:
             Whether any label was revived in ``alive``.
         """
-        multiple = self.profile.multiple
-        rule = analysis.rule[id(node)]
-        if isinstance(rule, Concat):
-            return self._keep_for_concat(node, analysis, alive)
-        if multiple < 2 or not isinstance(rule, Convolution) or analysis.node_dead(node, alive):
+        if op.joins is not None:
+            return self._keep_for_concat(op, analysis, alive)
+        if self.profile.multiple < 2 or analysis.is_gone(op, alive):
             return False
-        groups, *sizes = rule.dims(node)
-        labels = analysis.layouts.of[node.outputs[0].name].ravel()
+        return any([self._align(p, analysis, alive) for p in op.contractions if p.regroups])
+
+    def _align(self, product: Linear, analysis: Analysis, alive: np.ndarray) -> bool:
+        """Keep dead output channels of one convolution, see :meth:`keep_for_alignment`."""
+        multiple = self.profile.multiple
+        groups, *sizes = product.dims
+        labels = product.channels(analysis)[1]
         if groups > 1 and sizes != [1, 1]:
-            if not is_placement(node, rule, grouped=True):
+            if not is_placement(product, grouped=True):
                 return False
             # It was made with groups of whole blocks, for a sum that has them.
             parts = labels.reshape(groups, -1)
@@ -121,19 +123,19 @@ class Planner:
                 missing = block - count
         return _revive(labels, missing, alive)
 
-    def _keep_for_concat(self, node: gs.Node, analysis: Analysis, alive: np.ndarray) -> bool:
+    def _keep_for_concat(self, op: Operator, analysis: Analysis, alive: np.ndarray) -> bool:
         """Keep dead channels where that lets all operands of a ``Concat`` be whole blocks.
 
         onnxruntime concatenates in its blocked layout then, and whatever comes behind stays in it.
         """
         block = self.profile.block
-        if not self.profile.rearranges_blocks or node.attrs.get("axis", 0) != 1:
+        if not self.profile.rearranges_blocks or op.joins != 1:
             return False
-        users = analysis.layouts.readers.get(node.outputs[0].name, ())
-        if not all(user.op in _BLOCKED for user, _ in users):
+        users = analysis.readers.get(op.outputs[0].name, ())
+        if not all(user.node.op in _BLOCKED for user, _ in users):
             return False
         operands = []
-        for tensor in node.inputs:
+        for tensor in op.inputs:
             if not analysis.has(tensor) or len(analysis.shape(tensor)) != 4:
                 return False
             labels = analysis.layouts.of[tensor.name].ravel()

@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.analysis import Analysis
 from onnx_simplify.channels.merge import Merger, can_move, filled_up, is_placement
-from onnx_simplify.channels.operators.linear import Convolution
+from onnx_simplify.channels.operators import Operator
+from onnx_simplify.channels.operators.linear import Linear
 from onnx_simplify.planning.costs import Layer, convolution, rounded
 from onnx_simplify.planning.layers import layers_at
 from onnx_simplify.planning.profiles import Profile
@@ -186,7 +186,7 @@ def balance(needs: np.ndarray, groups: int, size: int, rooms: np.ndarray) -> np.
 
 def merge_placements(
     profile: Profile, analysis: Analysis, alive: np.ndarray
-) -> dict[int, Merger]:
+) -> dict[Operator, Merger]:
     """New groups for 1x1 convolutions that only put channels in their places.
 
     Args:
@@ -195,43 +195,39 @@ def merge_placements(
         alive: labels that are needed, before :meth:`Analysis.close`; not modified.
 
     Returns:
-        By ``id(node)``. The channels of a merger may not all be alive: dead ones fill it up.
+        By operator. The channels of a merger may not all be alive: dead ones fill it up.
     """
-    found: dict[int, Merger] = {}
+    found: dict[Operator, Merger] = {}
     if not profile.rearranges_blocks:
         return found
-    streams: dict[bytes, list[gs.Node]] = {}
-    for node in analysis.model.graph.nodes:
-        rule = analysis.rule[id(node)]
-        if isinstance(rule, Convolution) and is_placement(node, rule):
-            streams.setdefault(rule.channels(node, analysis)[1].tobytes(), []).append(node)
-    for nodes in streams.values():
-        found |= _merge_stream(profile, analysis, alive, nodes)
+    streams: dict[bytes, list[Linear]] = {}
+    for product in analysis.contractions:
+        if product.regroups and is_placement(product):
+            streams.setdefault(product.channels(analysis)[1].tobytes(), []).append(product)
+    for products in streams.values():
+        found |= _merge_stream(profile, analysis, alive, products)
     return found
 
 
 def _merge_stream(
-    profile: Profile, analysis: Analysis, alive: np.ndarray, nodes: list[gs.Node]
-) -> dict[int, Merger]:
+    profile: Profile, analysis: Analysis, alive: np.ndarray, products: list[Linear]
+) -> dict[Operator, Merger]:
     """Mergers for the placements of one sum."""
-    rules = [analysis.rule[id(node)] for node in nodes]
-    linear = [rule for rule in rules if isinstance(rule, Convolution)]
-    result = linear[0].channels(nodes[0], analysis)[1]
-    free = {id(node) for node in nodes}
-    if not can_move(analysis, result, free):
+    result = products[0].channels(analysis)[1]
+    if not can_move(analysis, result, products):
         return {}
     stay = np.flatnonzero(alive[result])
     operands, places = [], []
-    for node, rule in zip(nodes, linear, strict=True):
-        source = rule.channels(node, analysis)[0]
+    for product in products:
+        source = product.channels(analysis)[0]
         makers = layers_at(analysis, source, 1, alive)
-        if not makers or not can_move(analysis, source, free):
+        if not makers or not can_move(analysis, source, products):
             continue
-        used = rule.used(node)[0] & alive[source]
+        used = product.used[0] & alive[source]
         operands.append(
-            Operand(used.any(axis=1)[stay], makers[0], rule.positions(node, analysis)[1])
+            Operand(used.any(axis=1)[stay], makers[0], product.positions(analysis)[1])
         )
-        places.append((node, source, used))
+        places.append((product, source, used))
     if not operands:
         return {}
     found = arrange(profile, operands, layers_at(analysis, result, 0, alive), result.size)
@@ -240,12 +236,12 @@ def _merge_stream(
     size = found.members.shape[1]
     groups = [stay[members[members >= 0]] for members in found.members]
     ordered = filled_up([result[g] for g in groups], size, result[~alive[result]])
-    mergers = {}
+    mergers: dict[Operator, Merger] = {}
     for index, room in found.rooms.items():
-        node, source, used = places[index]
+        product, source, used = places[index]
         own = [source[used[g].any(axis=0)] for g in groups]
         if len(groups) * room > source.size:
             continue
         sources = filled_up(own, room, source[~np.isin(source, np.concatenate(own))])
-        mergers[id(node)] = Merger(node, len(groups), sources, ordered)
+        mergers[product] = Merger(product, len(groups), sources, ordered)
     return mergers

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.analysis import Analysis
-from onnx_simplify.channels.operators.spatial import Reduce, Spatial
+from onnx_simplify.channels.operators import Operator
 from onnx_simplify.channels.values import UNIFORM, VARYING, Constants
 from onnx_simplify.graph.model import Model
 from onnx_simplify.graph.shapes import is_questionable, static_shapes
@@ -27,11 +27,11 @@ def wanted(analysis: Analysis) -> list[gs.Tensor]:
     """
     found: dict[str, gs.Tensor] = {}
     required = list(analysis.model.graph.outputs)
-    for node in analysis.model.graph.nodes:
-        if analysis.is_opaque(node):
-            required += node.inputs
-        for index in analysis.rule[id(node)].wants_values(node, analysis):
-            tensor = node.inputs[index]
+    for op in analysis.operators:
+        if op.is_opaque:
+            required += op.inputs
+        for index in op.wants_values(analysis):
+            tensor = op.inputs[index]
             if analysis.has(tensor) and (analysis.level[tensor.name] > VARYING).any():
                 found[tensor.name] = tensor
     for tensor in required:
@@ -78,25 +78,25 @@ def measure(analysis: Analysis, runs: Sequence[Feeds]) -> None:
     analysis.propagate_constants()
 
 
-def _chains(analysis: Analysis, names: Collection[str]) -> dict[str, list[gs.Node]]:
+def _chains(analysis: Analysis, names: Collection[str]) -> dict[str, list[Operator]]:
     """For tensors behind a pooling, the nodes that pass their uniform constants on unchanged."""
     found = {}
     for name in names:
-        chain: list[gs.Node] = []
-        node = analysis.producer.get(name)
-        while node is not None and analysis.has(node.inputs[0]):
-            zeros = np.zeros(analysis.layouts.of[node.inputs[0].name].shape)
-            if analysis.rule[id(node)].passed(node, analysis, zeros) is None:
+        chain: list[Operator] = []
+        op = analysis.producer.get(name)
+        while op is not None and analysis.has(op.inputs[0]):
+            zeros = np.zeros(analysis.layouts.of[op.inputs[0].name].shape)
+            if op.passed(analysis, zeros) is None:
                 break
-            chain.insert(0, node)
-            node = analysis.producer.get(node.inputs[0].name)
-        if any(isinstance(analysis.rule[id(n)], (Spatial, Reduce)) for n in chain):
+            chain.insert(0, op)
+            op = analysis.producer.get(op.inputs[0].name)
+        if any(link.averages for link in chain):
             found[name] = chain
     return found
 
 
 def _pass_on(
-    analysis: Analysis, constants: Constants, name: str, chain: list[gs.Node]
+    analysis: Analysis, constants: Constants, name: str, chain: list[Operator]
 ) -> None:
     """Take the constants of a tensor from before the poolings, which round."""
     source = chain[0].inputs[0].name
@@ -106,9 +106,9 @@ def _pass_on(
     ends = []
     for values in (constants.low[source], constants.high[source]):
         passed: np.ndarray | None = np.where(good, values, np.nan)
-        for node in chain:
+        for op in chain:
             assert passed is not None
-            passed = analysis.rule[id(node)].passed(node, analysis, passed)
+            passed = op.passed(analysis, passed)
         ends.append(passed)
     low, high = ends
     if low is not None and high is not None:

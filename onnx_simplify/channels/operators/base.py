@@ -7,27 +7,34 @@ Every array of ids, levels or masks is shaped like the *layout* of the tensor it
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.layouts import Unsupported
 from onnx_simplify.channels.values import MAP
+from onnx_simplify.graph.patterns import Patterns
 
 if TYPE_CHECKING:
     from onnx_simplify.channels.analysis import Analysis
     from onnx_simplify.channels.cut import Cut
     from onnx_simplify.channels.layouts import Layouts
+    from onnx_simplify.channels.operators.linear import Linear
     from onnx_simplify.graph.shapes import Dim
 
 Masks = list[np.ndarray | None]
 
 
 class Operator:
-    """Rules of one operator family; this base class is the opaque operator.
+    """A node, bound to the rules of its operator family; this base class is the opaque operator.
 
     An opaque node needs all its inputs and its outputs vary: always correct, never profitable.
+    What else a node can do it says by its capabilities, of which nobody need know the class.
+
+    Attributes:
+        node: the node.
+        reason: why the rules of its family do not apply, empty if they do.
     """
 
     drops_empty_inputs = False
@@ -36,7 +43,79 @@ class Operator:
     reorders = False
     """Whether channels of a node may come in another order, see :func:`merge.can_move`."""
 
-    def accounts_for(self, node: gs.Node) -> Collection[int]:
+    channelwise = False
+    """Whether every channel of the output depends on that channel of the inputs only."""
+
+    averages = False
+    """Whether elements of the output come from many elements of the input, so that it rounds."""
+
+    def __init__(self, node: gs.Node, patterns: Patterns | None = None, reason: str = ""):
+        """Bind a node.
+
+        Args:
+            node: the node.
+            patterns: where to look up which weights are zero; by default looked up alone.
+            reason: why it is bound to the opaque operator.
+        """
+        self.node = node
+        self.patterns = Patterns() if patterns is None else patterns
+        self.reason = reason
+
+    @property
+    def inputs(self) -> list[gs.Tensor]:
+        """The node's inputs as they are now."""
+        return self.node.inputs
+
+    @property
+    def outputs(self) -> list[gs.Tensor]:
+        """The node's outputs as they are now."""
+        return self.node.outputs
+
+    @property
+    def attrs(self) -> dict[str, Any]:
+        """The node's attributes as they are now."""
+        return self.node.attrs
+
+    @property
+    def contractions(self) -> Sequence[Linear]:
+        """The products with constant weights that it forms, which read and make channels."""
+        return ()
+
+    @property
+    def stores_operands(self) -> bool:
+        """Whether operands that are constant altogether may become initializers."""
+        return False
+
+    @property
+    def joins(self) -> int | None:
+        """The axis along which all inputs are concatenated, if that is what the node does."""
+        return None
+
+    def picks(self, layouts: Layouts) -> Collection[int]:
+        """The axes along which the node picks positions, if it does nothing else; else none."""
+        return ()
+
+    def move(self, layouts: Layouts, arrays: list[np.ndarray]) -> list[np.ndarray]:
+        """Apply a node that moves elements to arrays shaped like the inputs' layouts.
+
+        Raises:
+            Unsupported: it does something else, its parameters are computed, or do not fit.
+        """
+        raise Unsupported(f"{kind(self.node)} does not just move elements")
+
+    def blocks(self, layouts: Layouts) -> list[tuple[range, range]] | None:
+        """Axes before and after that hold the same elements, of a node that only joins and splits.
+
+        None for any other node, and where they cannot be matched.
+        """
+        return None
+
+    @property
+    def is_opaque(self) -> bool:
+        """Whether nothing is known of what the node does."""
+        return type(self) is Operator
+
+    def accounts_for(self) -> Collection[int]:
         """Inputs that the rules take into account even where they are computed.
 
         Any other one that is there, but no initializer, makes all outputs vary and is needed as a
@@ -44,22 +123,22 @@ class Operator:
         """
         return (0,)
 
-    def layout(self, node: gs.Node, layouts: Layouts) -> None:
+    def layout(self, layouts: Layouts) -> None:
         """Give the node's outputs their layouts; equate and freeze ids of its inputs.
 
         Raises:
             Unsupported: before anything was recorded, if the rule does not apply to this node.
         """
-        for tensor in node.inputs:
+        for tensor in self.inputs:
             if tensor.name in layouts.of:
-                layouts.freeze(layouts.of[tensor.name], f"read by {kind(node)}")
-        for tensor in node.outputs:
+                layouts.freeze(layouts.of[tensor.name], f"read by {kind(self.node)}")
+        for tensor in self.outputs:
             if tensor.name and tensor.shape is not None:
                 layout = layouts.untracked(tensor)
                 layouts.freeze(layout)
                 layouts.set(tensor, layout)
 
-    def sizes(self, node: gs.Node, layouts: Layouts) -> Sequence[Dim | None] | None:
+    def sizes(self, layouts: Layouts) -> Sequence[Dim | None] | None:
         """The first output's shape, where it follows from those of the inputs symbol by symbol.
 
         Shape inference knows nothing of a dynamic size after a convolution, not even that it is
@@ -67,15 +146,15 @@ class Operator:
         """
         return None
 
-    def level(self, node: gs.Node, analysis: Analysis) -> Masks:
+    def level(self, analysis: Analysis) -> Masks:
         """Level of constancy of each output (None: everything varies)."""
-        return [None] * len(node.outputs)
+        return [None] * len(self.outputs)
 
-    def need(self, node: gs.Node, analysis: Analysis, outputs: Masks) -> Masks:
+    def need(self, analysis: Analysis, outputs: Masks) -> Masks:
         """Positions of each input that the needed positions of the outputs depend on."""
-        return analysis.all_of(node.inputs)
+        return analysis.all_of(self.inputs)
 
-    def constrain(self, node: gs.Node, analysis: Analysis, alive: np.ndarray) -> bool:
+    def constrain(self, analysis: Analysis, alive: np.ndarray) -> bool:
         """Revive channels (in ``alive``, by label) so that :meth:`shrink` is possible.
 
         Returns:
@@ -83,25 +162,24 @@ class Operator:
         """
         return False
 
-    def shrink(self, node: gs.Node, cut: Cut) -> None:
+    def shrink(self, cut: Cut) -> None:
         """Rewrite the node after channels of its inputs and outputs have left."""
 
-    def may_reorder(self, node: gs.Node, analysis: Analysis) -> bool:
+    def may_reorder(self, analysis: Analysis) -> bool:
         """Whether :meth:`shrink` can also put channels into another order (``Cut.taken``)."""
         return self.reorders
 
-    def wants_values(self, node: gs.Node, analysis: Analysis) -> list[int]:
+    def wants_values(self, analysis: Analysis) -> list[int]:
         """Inputs whose constant values decide something."""
         return []
 
-    def passed(self, node: gs.Node, analysis: Analysis, values: np.ndarray) -> np.ndarray | None:
+    def passed(self, analysis: Analysis, values: np.ndarray) -> np.ndarray | None:
         """What uniform constants of the first input become, if they come out as they are.
 
         Computed from many elements, as means are, a constant can be off by more than rounding of a
         single operation, and differently for every size.
 
         Args:
-            node: the node.
             analysis: the analysis.
             values: shaped like the layout of the first input.
 
@@ -110,7 +188,7 @@ class Operator:
         """
         return None
 
-    def macs(self, node: gs.Node, shapes: dict[str, list[int]]) -> int:
+    def macs(self, shapes: dict[str, list[int]]) -> int:
         """Multiply-accumulate operations for tensors of the given sizes."""
         return 0
 
@@ -124,33 +202,30 @@ class Shape(Operator):
 
     reorders = True
 
-    def layout(self, node: gs.Node, layouts: Layouts) -> None:
+    def layout(self, layouts: Layouts) -> None:
         """The input's channels are free to go; the output is an ordinary vector."""
-        layouts(node.inputs[0])
-        layouts.require_where(node)
-        output = layouts.untracked(node.outputs[0])
+        layouts(self.inputs[0])
+        layouts.require_where(self.node)
+        output = layouts.untracked(self.outputs[0])
         layouts.freeze(output)
-        layouts.set(node.outputs[0], output)
+        layouts.set(self.outputs[0], output)
 
-    def need(self, node: gs.Node, analysis: Analysis, outputs: Masks) -> Masks:
+    def need(self, analysis: Analysis, outputs: Masks) -> Masks:
         """No value is needed."""
         return [None]
 
-    def shrink(self, node: gs.Node, cut: Cut) -> None:
+    def shrink(self, cut: Cut) -> None:
         """Overwrite the entries of cut axes with the original sizes."""
-        kept = cut.kept(node.inputs[0])
-        axes = range(len(cut.analysis.shape(node.inputs[0])))
-        start, end = int(node.attrs.get("start", 0)), node.attrs.get("end")
+        kept = cut.kept(self.inputs[0])
+        axes = range(len(cut.analysis.shape(self.inputs[0])))
+        start, end = int(self.attrs.get("start", 0)), self.attrs.get("end")
         entries = {
             position: int(kept[axis].size)
             for position, axis in enumerate(axes[start:end])
             if axis in kept
         }
         if entries:
-            cut.override_output(node, entries)
-
-
-OPAQUE = Operator()
+            cut.override_output(self.node, entries)
 
 
 def kind(node: gs.Node) -> str:

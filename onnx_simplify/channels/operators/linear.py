@@ -6,8 +6,9 @@ per group, *kernel]``, on which the rules are written once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,7 +27,8 @@ from onnx_simplify.channels.operators.base import (
     windowed,
 )
 from onnx_simplify.channels.values import MAP, UNIFORM, VARYING
-from onnx_simplify.graph.edit import DERIVED, Values, ZeroedSlices
+from onnx_simplify.graph.edit import Values, ZeroedSlices
+from onnx_simplify.graph.patterns import Form
 from onnx_simplify.graph.quantized import QuantizedConstant
 from onnx_simplify.graph.shapes import Dim
 
@@ -66,90 +68,97 @@ class Wiring:
 class Linear(Operator):
     """Common rules; subclasses say how their weights map to the canonical form."""
 
-    def wiring(self, node: gs.Node) -> Wiring:
-        """The node's wiring.
+    regroups = False
+    """Whether the weights may be brought into other groups."""
+
+    @property
+    def contractions(self) -> Sequence[Linear]:
+        """The only one."""
+        return (self,)
+
+    @cached_property
+    def wiring(self) -> Wiring:
+        """Where the node keeps what.
 
         Raises:
             Unsupported: the weight is not constant, or of unexpected rank.
         """
         raise NotImplementedError
 
-    def accounts_for(self, node: gs.Node) -> Collection[int]:
+    def accounts_for(self) -> Collection[int]:
         """The data; weights and bias are constant, or the rules do not apply."""
-        return (self.wiring(node).data,)
+        return (self.wiring.data,)
 
-    def to_canonical(self, node: gs.Node, weight: np.ndarray) -> np.ndarray:
+    def to_canonical(self, weight: np.ndarray) -> np.ndarray:
         """View of the weight as ``[groups, outputs/group, inputs/group, *kernel]``."""
         raise NotImplementedError
 
-    def from_canonical(self, node: gs.Node, weight: np.ndarray) -> np.ndarray:
+    def from_canonical(self, weight: np.ndarray) -> np.ndarray:
         """Inverse of :meth:`to_canonical`."""
         raise NotImplementedError
 
-    def spread_axes(self, node: gs.Node) -> list[int]:
+    def spread_axes(self) -> list[int]:
         """Axes along which a uniform non-zero input does not give a uniform output."""
         return []
 
-    def is_static(self, node: gs.Node, analysis: Analysis) -> bool:
+    def is_static(self, analysis: Analysis) -> bool:
         """Whether sizes along :meth:`spread_axes` are static, so that a map may be used."""
-        return is_static(analysis.shape(node.inputs[0]), self.spread_axes(node))
+        return is_static(analysis.shape(self.inputs[0]), self.spread_axes())
 
-    def weights(self, node: gs.Node) -> np.ndarray:
+    def weights(self) -> np.ndarray:
         """The canonical weights of the node."""
-        return self.to_canonical(node, node.inputs[self.wiring(node).weight].values)
+        return self.to_canonical(self.inputs[self.wiring.weight].values)
 
-    def is_quantized(self, node: gs.Node) -> bool:
+    def is_quantized(self) -> bool:
         """Whether the weights or the bias are stored as integers."""
-        return any(isinstance(t, QuantizedConstant) for t in node.inputs)
+        return any(isinstance(t, QuantizedConstant) for t in self.inputs)
 
-    def is_integer(self, node: gs.Node) -> bool:
+    def is_integer(self) -> bool:
         """Whether the node computes in integers, which are exact and wrap around."""
-        return np.dtype(node.inputs[self.wiring(node).weight].dtype).kind in "iu"
+        return np.dtype(self.inputs[self.wiring.weight].dtype).kind in "iu"
 
-    def _stored(self, node: gs.Node) -> np.ndarray:
+    def _stored(self) -> np.ndarray:
         """The canonical weights as they are stored: numbers, or steps from the zero point."""
-        tensor = node.inputs[self.wiring(node).weight]
+        tensor = self.inputs[self.wiring.weight]
         quantized = isinstance(tensor, QuantizedConstant)
-        return self.to_canonical(node, tensor.quantized.steps() if quantized else tensor.values)
+        return self.to_canonical(tensor.quantized.steps() if quantized else tensor.values)
 
     def _store(
-        self, node: gs.Node, weight: np.ndarray, put: Put, outs: np.ndarray | None = None
+        self, weight: np.ndarray, put: Put, outs: np.ndarray | None = None
     ) -> None:
         """Replace the weights by what :meth:`_stored` gave, some of it moved or set to zero.
 
         Args:
-            node: the node.
             weight: in canonical form.
             put: gives the node an initializer of its own.
             outs: which outputs there are, if not all.
         """
-        index = self.wiring(node).weight
-        array, tensor = self.from_canonical(node, weight), node.inputs[index]
+        index = self.wiring.weight
+        array, tensor = self.from_canonical(weight), self.inputs[index]
         quantized = isinstance(tensor, QuantizedConstant)
-        put(node, index, tensor.quantized.restored(array, outs) if quantized else array)
+        put(self.node, index, tensor.quantized.restored(array, outs) if quantized else array)
 
-    def stores_exactly(self, node: gs.Node, values: np.ndarray) -> np.ndarray:
+    def stores_exactly(self, values: np.ndarray) -> np.ndarray:
         """For quantised weights, the input channels whose constants the bias can take exactly.
 
         Where activations are quantised as well, the scale of the bias is the product of theirs and
         that of the weights, so that it can, wherever there is no padding.
 
         Args:
-            node: the node.
             values: the constant of each channel, float64 ``(inputs,)``.
 
         Returns:
             bool ``(inputs,)``.
         """
-        wiring = self.wiring(node)
+        wiring = self.wiring
         index = wiring.bias
-        bias = node.inputs[index] if index is not None and has_input(node, index) else None
+        bias = self.inputs[index] if index is not None and has_input(self.node, index) else None
         if not isinstance(bias, QuantizedConstant):
             return np.full(values.size, bias is not None) | (values == 0)
-        groups, outputs, inputs = self.dims(node)
+        groups, outputs, inputs = self.dims
         found = values == 0
-        weight = node.inputs[wiring.weight]
-        factor = self.bias_scale(node)
+        weight = self.inputs[wiring.weight]
+        factor = self.bias_scale()
         if list(bias.shape) != [groups * outputs] or not factor:
             return found
         if not isinstance(weight, QuantizedConstant):
@@ -158,102 +167,109 @@ class Linear(Operator):
             group = channel // inputs
             if groups == 1:
                 # One column at a time: all of them as numbers would take much memory.
-                column = weight.quantized.compress({self.column_axis(node): np.array([channel])})
-                taps = self.to_canonical(node, column.load())[0, :, 0]
+                column = weight.quantized.compress({self.column_axis(): np.array([channel])})
+                taps = self.to_canonical(column.load())[0, :, 0]
             else:
-                taps = self.weights(node)[group, :, channel % inputs]
+                taps = self.weights()[group, :, channel % inputs]
             shift = taps.reshape(outputs, -1).astype(np.float64).sum(axis=1) * values[channel]
             rows = np.arange(group * outputs, (group + 1) * outputs)
-            whole = bias.quantized.compress({0: rows}).plus(shift * self.scale(node) / factor)
+            whole = bias.quantized.compress({0: rows}).plus(shift * self.scale() / factor)
             found[channel] = whole is not None
         return found
 
-    def check_scales(self, node: gs.Node) -> None:
+    def check_scales(self) -> None:
         """Refuse quantised weights whose scales do not go with the outputs.
 
         Raises:
             Unsupported: onnxruntime's integer kernels do not agree with their definition.
         """
-        weight = node.inputs[self.wiring(node).weight]
+        weight = self.inputs[self.wiring.weight]
         if isinstance(weight, QuantizedConstant) and weight.quantized.is_per_axis:
-            axis, column = weight.quantized.axis, self.column_axis(node)
-            if axis == column or (self.dims(node)[0] > 1 and (column, axis) != (1, 0)):
+            axis, column = weight.quantized.axis, self.column_axis()
+            if axis == column or (self.dims[0] > 1 and (column, axis) != (1, 0)):
                 raise Unsupported("scales along another axis than that of the outputs")
 
-    def dims(self, node: gs.Node) -> tuple[int, int, int]:
+    @cached_property
+    def dims(self) -> tuple[int, int, int]:
         """(groups, outputs per group, inputs per group), without touching the weights."""
-        shape = node.inputs[self.wiring(node).weight].shape
+        shape = self.inputs[self.wiring.weight].shape
         dummy = np.broadcast_to(np.zeros((), bool), shape)
-        groups = int(node.attrs.get("group", 1))
+        groups = int(self.attrs.get("group", 1))
         if groups < 1 or any(shape[a] % groups for a in range(1 if groups > 1 else 0)):
             raise Unsupported(f"{groups} groups do not fit the weights")
-        groups, outputs, inputs = self.to_canonical(node, dummy).shape[:3]
+        groups, outputs, inputs = self.to_canonical(dummy).shape[:3]
         return groups, outputs, inputs
 
-    def used(self, node: gs.Node) -> np.ndarray:
+    @property
+    def is_sound(self) -> bool:
+        """Whether weights are constant and of a form that fits the node."""
+        try:
+            return bool(self.dims)
+        except Unsupported:
+            return False
+
+    @property
+    def used(self) -> np.ndarray:
         """Which weights are not zero, bool ``[groups, outputs/group, inputs/group]``."""
-        index = self.wiring(node).weight
-        tensor = node.inputs[index]
-        # Asked for many times; the same weights may serve several nodes in different ways.
-        key = self._orientation(node)
-        known = tensor.__dict__.setdefault(DERIVED, {})
-        if key not in known:
+        index = self.wiring.weight
+        tensor = self.inputs[index]
+
+        def compute() -> np.ndarray:
             weight = tensor.quantized.used() if isinstance(tensor, QuantizedConstant) else None
-            used = self.weights(node) != 0 if weight is None else self.to_canonical(node, weight)
+            used = self.weights() != 0 if weight is None else self.to_canonical(weight)
             axes = tuple(range(3, used.ndim))
-            known[key] = used.any(axis=axes) if axes else used
-        found: np.ndarray = known[key]
-        return found
+            return np.asarray(used.any(axis=axes) if axes else used)
 
-    def _orientation(self, node: gs.Node) -> tuple[object, ...]:
+        return self.patterns.get(tensor, self._orientation(), compute)
+
+    def _orientation(self) -> Form:
         """All that :meth:`to_canonical` depends on."""
-        index = self.wiring(node).weight
-        return node.op, index, node.attrs.get("group"), node.attrs.get("transB")
+        index = self.wiring.weight
+        return self.node.op, index, self.attrs.get("group"), self.attrs.get("transB")
 
-    def zero_columns(self, node: gs.Node, mask: np.ndarray, put: Put) -> None:
+    def zero_columns(self, mask: np.ndarray, put: Put) -> None:
         """Set the weights of some input channels to zero.
 
         The weights themselves are not copied before somebody asks for them: most of these columns
         are removed later.
 
         Args:
-            node: the node.
             mask: which input channels, bool ``(inputs,)``.
             put: gives the node an initializer of its own.
         """
-        groups, _, inputs = self.dims(node)
-        index = self.wiring(node).weight
-        used = self.used(node) & ~mask.reshape(groups, 1, inputs)
-        axis, tensor = self.column_axis(node), node.inputs[index]
+        groups, _, inputs = self.dims
+        index = self.wiring.weight
+        used = self.used & ~mask.reshape(groups, 1, inputs)
+        axis, tensor = self.column_axis(), self.inputs[index]
         if groups > 1:
-            weight = np.array(self._stored(node))
+            weight = np.array(self._stored())
             for part, columns in zip(weight, mask.reshape(groups, inputs), strict=True):
                 part[:, columns] = 0
-            self._store(node, weight, put)
+            self._store(weight, put)
         elif isinstance(tensor, QuantizedConstant):
-            put(node, index, tensor.quantized.zeroed(axis, mask))
+            put(self.node, index, tensor.quantized.zeroed(axis, mask))
         else:
-            put(node, index, ZeroedSlices(tensor.values, axis, mask))
-        node.inputs[index].__dict__[DERIVED] = {self._orientation(node): used}
+            put(self.node, index, ZeroedSlices(tensor.values, axis, mask))
+        self.patterns.set(self.inputs[index], self._orientation(), used)
 
-    def column_axis(self, node: gs.Node) -> int:
+    def column_axis(self) -> int:
         """Axis of the weight (0 or 1) that runs over input channels, for a single group."""
         return 1
 
-    def layout(self, node: gs.Node, layouts: Layouts) -> None:
+    def layout(self, layouts: Layouts) -> None:
         """Fresh channels on the output axis; the input's other axes hold whole channels."""
-        wiring = self.wiring(node)
-        source = layouts(node.inputs[wiring.data])
-        shape = layouts.shape(node.inputs[wiring.data])
-        groups, outputs, inputs = self.dims(node)
+        wiring = self.wiring
+        source = layouts(self.inputs[wiring.data])
+        shape = layouts.shape(self.inputs[wiring.data])
+        groups, outputs, inputs = self.dims
         if shape[wiring.axis_in] != groups * inputs:
             raise Unsupported("number of input channels is not known to match the weight")
-        self.check_scales(node)
-        output = node.outputs[0]
+        self.check_scales()
+        output = self.outputs[0]
         ids = layouts.fresh(groups * outputs)
         rank = len(layouts.shape(output))
-        if wiring.bias is not None and has_input(node, wiring.bias):
-            bias = constant_input(node, wiring.bias)
+        if wiring.bias is not None and has_input(self.node, wiring.bias):
+            bias = constant_input(self.node, wiring.bias)
             if bias is None:
                 raise Unsupported("bias is computed")
             if bias.size and bias.shape[-1:] not in ((), (1,), (groups * outputs,)):
@@ -274,47 +290,47 @@ class Linear(Operator):
             first = np.take(first, [0], axis)
         return first.ravel()
 
-    def input_level(self, node: gs.Node, analysis: Analysis) -> np.ndarray:
+    def input_level(self, analysis: Analysis) -> np.ndarray:
         """Level of each input channel, shape ``(inputs,)``."""
-        wiring = self.wiring(node)
-        tensor = node.inputs[wiring.data]
+        wiring = self.wiring
+        tensor = self.inputs[wiring.data]
         level = analysis.level[tensor.name]
         shape = [s if a == wiring.axis_in % level.ndim else 1 for a, s in enumerate(level.shape)]
-        return self._expand(min_to(level, tuple(shape)).ravel(), node)
+        return self._expand(min_to(level, tuple(shape)).ravel())
 
-    def _expand(self, flat: np.ndarray, node: gs.Node) -> np.ndarray:
-        groups, _, inputs = self.dims(node)
+    def _expand(self, flat: np.ndarray) -> np.ndarray:
+        groups, _, inputs = self.dims
         return flat if flat.size == groups * inputs else np.repeat(flat, groups * inputs)
 
-    def input_zero(self, node: gs.Node, analysis: Analysis) -> np.ndarray:
+    def input_zero(self, analysis: Analysis) -> np.ndarray:
         """Which input channels are constant zero (optimistic before measuring)."""
-        tensor = node.inputs[self.wiring(node).data]
-        wiring = self.wiring(node)
+        tensor = self.inputs[self.wiring.data]
+        wiring = self.wiring
         zero = analysis.zero(tensor, analysis.layouts.of[tensor.name].shape)
         axes = tuple(a for a in range(zero.ndim) if a != wiring.axis_in % zero.ndim)
-        return self._expand(zero.all(axis=axes).ravel(), node)
+        return self._expand(zero.all(axis=axes).ravel())
 
-    def input_values(self, node: gs.Node, analysis: Analysis) -> np.ndarray:
+    def input_values(self, analysis: Analysis) -> np.ndarray:
         """The constant of each uniform input channel, NaN elsewhere (float64 ``(inputs,)``)."""
-        wiring = self.wiring(node)
-        value = analysis.scalar(node.inputs[wiring.data])
+        wiring = self.wiring
+        value = analysis.scalar(self.inputs[wiring.data])
         axes = tuple(a for a in range(value.ndim) if a != wiring.axis_in % value.ndim)
         first = value.min(axis=axes)
-        return self._expand(np.where(first == value.max(axis=axes), first, np.nan), node)
+        return self._expand(np.where(first == value.max(axis=axes), first, np.nan))
 
-    def window(self, node: gs.Node, axis: int) -> int:
+    def window(self, axis: int) -> int:
         """The smallest size of the input along an axis for which there is an output."""
         return 1
 
-    def level(self, node: gs.Node, analysis: Analysis) -> Masks:
+    def level(self, analysis: Analysis) -> Masks:
         """An output is constant when every input it really reads is."""
-        used = self.used(node)
+        used = self.used
         groups, outputs, inputs = used.shape
-        shape = analysis.layouts.of[node.outputs[0].name].shape
-        level = self.input_level(node, analysis)
-        if self.spread_axes(node):
-            zero = self.input_zero(node, analysis) & (level > VARYING)
-            worst = MAP if self.is_static(node, analysis) else VARYING
+        shape = analysis.layouts.of[self.outputs[0].name].shape
+        level = self.input_level(analysis)
+        if self.spread_axes():
+            zero = self.input_zero(analysis) & (level > VARYING)
+            worst = MAP if self.is_static(analysis) else VARYING
             level = np.where(zero, UNIFORM, np.minimum(level, worst))
         level = level.reshape(groups, inputs)
         weakest = np.full((groups, outputs), UNIFORM, np.int8)
@@ -324,7 +340,7 @@ class Linear(Operator):
                 hit = _any_used(used, below)
                 weakest[hit] = np.minimum(weakest[hit], limit - 1)
         result = weakest.ravel()
-        bias = self._bias(node)
+        bias = self._bias()
         if bias is not None:
             finite = np.isfinite(bias)
             finite = finite.ravel() if bias.size == result.size else finite.all()
@@ -335,39 +351,39 @@ class Linear(Operator):
             result = result.min(keepdims=True)
         return [result.reshape(shape)]
 
-    def _bias(self, node: gs.Node) -> np.ndarray | None:
-        index = self.wiring(node).bias
-        return None if index is None else constant_input(node, index)
+    def _bias(self) -> np.ndarray | None:
+        index = self.wiring.bias
+        return None if index is None else constant_input(self.node, index)
 
-    def need(self, node: gs.Node, analysis: Analysis, outputs: Masks) -> Masks:
+    def need(self, analysis: Analysis, outputs: Masks) -> Masks:
         """The inputs with a non-zero weight to a needed output."""
         wanted = outputs[0]
         assert wanted is not None
-        used = self.used(node)
+        used = self.used
         groups, count, inputs = used.shape
         rows = np.broadcast_to(wanted.ravel(), groups * count).reshape(groups, count)
         columns = np.stack([_any_along(u, r) for u, r in zip(used, rows, strict=True)])
-        wiring = self.wiring(node)
-        shape = analysis.layouts.of[node.inputs[wiring.data].name].shape
+        wiring = self.wiring
+        shape = analysis.layouts.of[self.inputs[wiring.data].name].shape
         axis = wiring.axis_in % len(shape)
         mask = columns.ravel() if shape[axis] > 1 else np.array([columns.any()])
         mask = mask.reshape([-1 if a == axis else 1 for a in range(len(shape))])
-        found: Masks = [None] * len(node.inputs)
+        found: Masks = [None] * len(self.inputs)
         found[wiring.data] = np.broadcast_to(mask, shape)
         return found
 
-    def channels(self, node: gs.Node, analysis: Analysis) -> tuple[np.ndarray, np.ndarray]:
+    def channels(self, analysis: Analysis) -> tuple[np.ndarray, np.ndarray]:
         """Labels of the input and output channels, each one-dimensional."""
-        wiring = self.wiring(node)
-        source = self._flat(analysis.layouts.of[node.inputs[wiring.data].name], wiring)
-        return self._expand(source, node), analysis.layouts.of[node.outputs[0].name].ravel()
+        wiring = self.wiring
+        source = self._flat(analysis.layouts.of[self.inputs[wiring.data].name], wiring)
+        return self._expand(source), analysis.layouts.of[self.outputs[0].name].ravel()
 
-    def constrain(self, node: gs.Node, analysis: Analysis, alive: np.ndarray) -> bool:
+    def constrain(self, analysis: Analysis, alive: np.ndarray) -> bool:
         """Groups that stay have equally many channels."""
-        groups, outputs, inputs = self.used(node).shape
+        groups, outputs, inputs = self.used.shape
         if groups == 1:
             return False
-        source, result = self.channels(node, analysis)
+        source, result = self.channels(analysis)
         changed = False
         ins = alive[source].reshape(groups, inputs)
         outs = alive[result].reshape(groups, outputs)
@@ -381,26 +397,26 @@ class Linear(Operator):
                 changed = True
         return changed
 
-    def shrink(self, node: gs.Node, cut: Cut) -> None:
+    def shrink(self, cut: Cut) -> None:
         """Slice the weight and the bias; drop groups that are gone."""
-        wiring = self.wiring(node)
-        groups, outputs, inputs = self.dims(node)
-        source, result = self.channels(node, cut.analysis)
+        wiring = self.wiring
+        groups, outputs, inputs = self.dims
+        source, result = self.channels(cut.analysis)
         ins, outs = cut.stay(source), cut.stay(result)
-        merger = cut.mergers.get(id(node))
+        merger = cut.mergers.get(self)
         if merger is None and _is_all(ins, source.size) and _is_all(outs, result.size):
             return
         if groups == 1 and merger is None:
-            axis = self.column_axis(node)
+            axis = self.column_axis()
             sides = (axis, ins, source.size), (1 - axis, outs, result.size)
-            cut.slice(node, wiring.weight, {a: i for a, i, n in sides if not _is_all(i, n)})
+            cut.slice(self.node, wiring.weight, {a: i for a, i, n in sides if not _is_all(i, n)})
         else:
             kept = int(np.unique(ins // inputs).size) if merger is None else merger.groups
-            weight = self._regrouped(self._stored(node), kept, ins, outs)
-            node.attrs["group"] = kept
-            self._store(node, weight, cut.put, outs)
-        if wiring.bias is not None and has_input(node, wiring.bias):
-            self.shrink_bias(node, cut, wiring.bias, outs)
+            weight = self._regrouped(self._stored(), kept, ins, outs)
+            self.attrs["group"] = kept
+            self._store(weight, cut.put, outs)
+        if wiring.bias is not None and has_input(self.node, wiring.bias):
+            self.shrink_bias(cut, wiring.bias, outs)
 
     def _regrouped(
         self, weight: np.ndarray, groups: int, ins: np.ndarray, outs: np.ndarray
@@ -419,52 +435,51 @@ class Linear(Operator):
         found[of_row != of_column] = 0
         return found
 
-    def may_reorder(self, node: gs.Node, analysis: Analysis) -> bool:
+    def may_reorder(self, analysis: Analysis) -> bool:
         """Rows and columns of the weights go along, unless groups hold several of them.
 
         Those of a depthwise convolution only if its inputs do, too.
         """
-        if int(node.attrs.get("group", 1)) == 1:
+        if int(self.attrs.get("group", 1)) == 1:
             return True
-        source, result = self.channels(node, analysis)
-        return self.dims(node)[1:] == (1, 1) and np.array_equal(source, result)
+        source, result = self.channels(analysis)
+        return self.dims[1:] == (1, 1) and np.array_equal(source, result)
 
-    def shrink_bias(self, node: gs.Node, cut: Cut, index: int, keep: np.ndarray) -> None:
+    def shrink_bias(self, cut: Cut, index: int, keep: np.ndarray) -> None:
         """Take some elements of the bias, a vector."""
-        cut.slice(node, index, {0: keep})
+        cut.slice(self.node, index, {0: keep})
 
-    def wants_values(self, node: gs.Node, analysis: Analysis) -> list[int]:
+    def wants_values(self, analysis: Analysis) -> list[int]:
         """The data input, where any of it may be constant."""
-        wiring = self.wiring(node)
-        level = analysis.level.get(node.inputs[wiring.data].name)
+        wiring = self.wiring
+        level = analysis.level.get(self.inputs[wiring.data].name)
         return [wiring.data] if level is not None and (level > VARYING).any() else []
 
-    def add_bias(self, node: gs.Node, shift: np.ndarray, put: Put) -> bool:
+    def add_bias(self, shift: np.ndarray, put: Put) -> bool:
         """Add ``shift`` (float64, shape ``(outputs,)``) to the bias.
 
         Args:
-            node: the node.
             shift: what to add to each output channel.
             put: ``put(node, input index, array)`` gives this node an initializer of its own.
 
         Returns:
             False if there is no bias, or it is quantised and cannot hold the sum.
         """
-        wiring = self.wiring(node)
+        wiring = self.wiring
         if wiring.bias is None:
             return False
-        old = node.inputs[wiring.bias] if has_input(node, wiring.bias) else None
+        old = self.inputs[wiring.bias] if has_input(self.node, wiring.bias) else None
         new: Values | None
         if isinstance(old, QuantizedConstant):
             new = old.quantized.plus(shift)
         else:
             new = shift if old is None else old.values.astype(np.float64) + shift
-            new = new.astype(node.inputs[wiring.weight].dtype)
+            new = new.astype(self.inputs[wiring.weight].dtype)
         if new is not None:
-            put(node, wiring.bias, new)
+            put(self.node, wiring.bias, new)
         return new is not None
 
-    def response(self, node: gs.Node, values: np.ndarray) -> np.ndarray:
+    def response(self, values: np.ndarray) -> np.ndarray:
         """What uniform inputs add to each output where no padding interferes.
 
         Sums are float64; those of integers are formed in 64 bits, modulo the size of their type.
@@ -472,15 +487,14 @@ class Linear(Operator):
         when it happens.
 
         Args:
-            node: the node.
             values: one value per input channel, shape ``(inputs,)``.
 
         Returns:
             Array of shape ``(outputs,)``, float64 or of the weights' integer type.
         """
-        weight = self.weights(node)
+        weight = self.weights()
         groups, outputs, inputs = weight.shape[:3]
-        wide: type = np.int64 if self.is_integer(node) else np.float64
+        wide: type = np.int64 if self.is_integer() else np.float64
         values = values.reshape(groups, inputs).astype(wide)
         result: np.ndarray = np.zeros((groups, outputs), wide)
         # In pieces, so that the float64 copies stay small.
@@ -491,53 +505,53 @@ class Linear(Operator):
                 part: np.ndarray = weight[group, start : start + rows][:, columns].astype(wide)
                 part = part.reshape(len(part), columns.size, -1).sum(axis=2)
                 result[group, start : start + rows] = part @ value[columns]
-        if self.is_integer(node):
+        if self.is_integer():
             return result.ravel().astype(weight.dtype)
-        return result.ravel() * self.scale(node)
+        return result.ravel() * self.scale()
 
-    def scale(self, node: gs.Node) -> float:
+    def scale(self) -> float:
         """A factor in front of the product."""
         return 1.0
 
-    def bias_scale(self, node: gs.Node) -> float:
+    def bias_scale(self) -> float:
         """A factor in front of the bias."""
         return 1.0
 
-    def per_channel(self, node: gs.Node, values: np.ndarray) -> np.ndarray:
+    def per_channel(self, values: np.ndarray) -> np.ndarray:
         """One value per output channel, shaped so that it broadcasts to the output."""
-        axis = self.wiring(node).axis_out
-        rank = len(node.outputs[0].shape)
+        axis = self.wiring.axis_out
+        rank = len(self.outputs[0].shape)
         return values.reshape([-1] + [1] * (rank - 1 - axis % rank))
 
-    def set_weights(self, node: gs.Node, weight: np.ndarray, put: Put) -> None:
+    def set_weights(self, weight: np.ndarray, put: Put) -> None:
         """Replace the weights by an array in canonical form, cast to the type they had."""
-        index = self.wiring(node).weight
-        dtype = node.inputs[index].dtype
-        put(node, index, self.from_canonical(node, weight).astype(dtype, copy=False))
+        index = self.wiring.weight
+        dtype = self.inputs[index].dtype
+        put(self.node, index, self.from_canonical(weight).astype(dtype, copy=False))
 
-    def taps(self, node: gs.Node) -> int:
+    def taps(self) -> int:
         """Weights between one input and one output channel."""
-        weight = node.inputs[self.wiring(node).weight]
-        groups, outputs, inputs = self.dims(node)
+        weight = self.inputs[self.wiring.weight]
+        groups, outputs, inputs = self.dims
         return int(np.prod(weight.shape)) // max(groups * outputs * inputs, 1)
 
-    def positions(self, node: gs.Node, analysis: Analysis) -> tuple[int, int]:
+    def positions(self, analysis: Analysis) -> tuple[int, int]:
         """Positions in space of the input and the output, as far as sizes are known."""
-        wiring = self.wiring(node)
+        wiring = self.wiring
         found = []
-        ends = (node.inputs[wiring.data], wiring.axis_in), (node.outputs[0], wiring.axis_out)
+        ends = (self.inputs[wiring.data], wiring.axis_in), (self.outputs[0], wiring.axis_out)
         for tensor, axis in ends:
             shape = analysis.shape(tensor)
             space = [d for k, d in enumerate(shape) if k > axis % len(shape) and isinstance(d, int)]
             found.append(int(np.prod(space)))
         return found[0], found[1]
 
-    def macs(self, node: gs.Node, shapes: dict[str, list[int]]) -> int:
+    def macs(self, shapes: dict[str, list[int]]) -> int:
         """One multiply-accumulate per weight and output position."""
-        wiring = self.wiring(node)
-        output = shapes[node.outputs[0].name]
+        wiring = self.wiring
+        output = shapes[self.outputs[0].name]
         positions = int(np.prod(output)) // max(output[wiring.axis_out], 1)
-        return positions * int(np.prod(node.inputs[wiring.weight].shape))
+        return positions * int(np.prod(self.inputs[wiring.weight].shape))
 
 
 def _convolution_wiring(node: gs.Node) -> Wiring:
@@ -553,44 +567,47 @@ class Convolution(Linear):
     https://onnx.ai/onnx/operators/onnx__Conv.html
     """
 
-    def wiring(self, node: gs.Node) -> Wiring:
-        """Input 0 and weight 1, channels on axis 1."""
-        return _convolution_wiring(node)
+    regroups = True
 
-    def to_canonical(self, node: gs.Node, weight: np.ndarray) -> np.ndarray:
+    @cached_property
+    def wiring(self) -> Wiring:
+        """Input 0 and weight 1, channels on axis 1."""
+        return _convolution_wiring(self.node)
+
+    def to_canonical(self, weight: np.ndarray) -> np.ndarray:
         """Split the outputs by group."""
-        groups = int(node.attrs.get("group", 1))
+        groups = int(self.attrs.get("group", 1))
         return weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
 
-    def from_canonical(self, node: gs.Node, weight: np.ndarray) -> np.ndarray:
+    def from_canonical(self, weight: np.ndarray) -> np.ndarray:
         """Join the groups' outputs."""
         return weight.reshape(-1, *weight.shape[2:])
 
-    def sizes(self, node: gs.Node, layouts: Layouts) -> list[Dim | None] | None:
+    def sizes(self, layouts: Layouts) -> list[Dim | None] | None:
         """Sizes stay where padding makes up for the window."""
-        source, weight = layouts.shape(node.inputs[0]), constant_shape(node, 1)
+        source, weight = layouts.shape(self.inputs[0]), constant_shape(self.node, 1)
         if len(weight) != len(source):
             return None
-        return [source[0], weight[0], *windowed(node, source[2:], weight[2:])]
+        return [source[0], weight[0], *windowed(self.node, source[2:], weight[2:])]
 
-    def spread_axes(self, node: gs.Node) -> list[int]:
+    def spread_axes(self) -> list[int]:
         """Axes along which the window may reach over the border."""
-        rank = len(node.inputs[1].shape) - 2
-        pads = attr_ints(node, "pads", [0] * 2 * rank)
-        auto = node.attrs.get("auto_pad", "NOTSET")
-        kernel = node.inputs[1].shape[2:]
+        rank = len(self.inputs[1].shape) - 2
+        pads = attr_ints(self.node, "pads", [0] * 2 * rank)
+        auto = self.attrs.get("auto_pad", "NOTSET")
+        kernel = self.inputs[1].shape[2:]
         if auto in ("SAME_UPPER", "SAME_LOWER"):
             return [a + 2 for a in range(rank) if kernel[a] > 1]
         if auto == "VALID":
             return []
         return [a + 2 for a in range(rank) if pads[a] or pads[a + rank]]
 
-    def window(self, node: gs.Node, axis: int) -> int:
+    def window(self, axis: int) -> int:
         """The reach of the dilated kernel along a spatial axis."""
         if axis < 2:
             return 1
-        kernel = node.inputs[1].shape[axis]
-        dilations = attr_ints(node, "dilations", [1] * (len(node.inputs[1].shape) - 2))
+        kernel = self.inputs[1].shape[axis]
+        dilations = attr_ints(self.node, "dilations", [1] * (len(self.inputs[1].shape) - 2))
         return int((kernel - 1) * dilations[axis - 2] + 1)
 
 
@@ -600,34 +617,35 @@ class TransposedConvolution(Linear):
     https://onnx.ai/onnx/operators/onnx__ConvTranspose.html
     """
 
-    def wiring(self, node: gs.Node) -> Wiring:
+    @cached_property
+    def wiring(self) -> Wiring:
         """Input 0 and weight 1, channels on axis 1."""
-        return _convolution_wiring(node)
+        return _convolution_wiring(self.node)
 
-    def to_canonical(self, node: gs.Node, weight: np.ndarray) -> np.ndarray:
+    def to_canonical(self, weight: np.ndarray) -> np.ndarray:
         """Split the inputs by group and put outputs first."""
-        groups = int(node.attrs.get("group", 1))
+        groups = int(self.attrs.get("group", 1))
         split = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
         return split.swapaxes(1, 2)
 
-    def from_canonical(self, node: gs.Node, weight: np.ndarray) -> np.ndarray:
+    def from_canonical(self, weight: np.ndarray) -> np.ndarray:
         """Inverse."""
         weight = weight.swapaxes(1, 2)
         return weight.reshape(-1, *weight.shape[2:])
 
-    def macs(self, node: gs.Node, shapes: dict[str, list[int]]) -> int:
+    def macs(self, shapes: dict[str, list[int]]) -> int:
         """One multiply-accumulate per weight and *input* position."""
-        source = shapes[node.inputs[0].name]
+        source = shapes[self.inputs[0].name]
         positions = int(np.prod(source)) // max(source[1], 1)
-        return positions * int(np.prod(node.inputs[1].shape))
+        return positions * int(np.prod(self.inputs[1].shape))
 
-    def column_axis(self, node: gs.Node) -> int:
+    def column_axis(self) -> int:
         """Inputs come first."""
         return 0
 
-    def spread_axes(self, node: gs.Node) -> list[int]:
+    def spread_axes(self) -> list[int]:
         """Each output position sees another part of the kernel."""
-        return list(range(2, len(node.inputs[1].shape)))
+        return list(range(2, len(self.inputs[1].shape)))
 
 
 class Gemm(Linear):
@@ -636,46 +654,47 @@ class Gemm(Linear):
     https://onnx.ai/onnx/operators/onnx__Gemm.html
     """
 
-    def wiring(self, node: gs.Node) -> Wiring:
+    @cached_property
+    def wiring(self) -> Wiring:
         """A on input 0, B on input 1."""
-        if len(constant_shape(node, 1)) != 2:
+        if len(constant_shape(self.node, 1)) != 2:
             raise Unsupported("B is not an initializer")
-        return Wiring(0, 1, 2, 1, 0 if node.attrs.get("transA", 0) else 1, 1)
+        return Wiring(0, 1, 2, 1, 0 if self.attrs.get("transA", 0) else 1, 1)
 
-    def to_canonical(self, node: gs.Node, weight: np.ndarray) -> np.ndarray:
+    def to_canonical(self, weight: np.ndarray) -> np.ndarray:
         """Outputs first."""
-        return (weight if node.attrs.get("transB", 0) else weight.T)[None]
+        return (weight if self.attrs.get("transB", 0) else weight.T)[None]
 
-    def from_canonical(self, node: gs.Node, weight: np.ndarray) -> np.ndarray:
+    def from_canonical(self, weight: np.ndarray) -> np.ndarray:
         """Inverse."""
-        return weight[0] if node.attrs.get("transB", 0) else weight[0].T
+        return weight[0] if self.attrs.get("transB", 0) else weight[0].T
 
-    def column_axis(self, node: gs.Node) -> int:
+    def column_axis(self) -> int:
         """The axis that is contracted."""
-        return 1 if node.attrs.get("transB", 0) else 0
+        return 1 if self.attrs.get("transB", 0) else 0
 
-    def shrink_bias(self, node: gs.Node, cut: Cut, index: int, keep: np.ndarray) -> None:
+    def shrink_bias(self, cut: Cut, index: int, keep: np.ndarray) -> None:
         """Take positions of C along its last axis unless it is broadcast there."""
-        shape = node.inputs[index].shape
+        shape = self.inputs[index].shape
         if len(shape) and shape[-1] > 1:
-            cut.slice(node, index, {len(shape) - 1: keep})
+            cut.slice(self.node, index, {len(shape) - 1: keep})
 
-    def add_bias(self, node: gs.Node, shift: np.ndarray, put: Put) -> bool:
+    def add_bias(self, shift: np.ndarray, put: Put) -> bool:
         """C takes ``shift / beta``, broadcast if need be."""
-        beta = self.bias_scale(node)
-        if not has_input(node, 2) or beta == 0:
-            node.attrs["beta"] = 1.0
-            put(node, 2, shift.astype(node.inputs[1].dtype))
+        beta = self.bias_scale()
+        if not has_input(self.node, 2) or beta == 0:
+            self.attrs["beta"] = 1.0
+            put(self.node, 2, shift.astype(self.inputs[1].dtype))
             return True
-        return super().add_bias(node, shift / beta, put)
+        return super().add_bias(shift / beta, put)
 
-    def scale(self, node: gs.Node) -> float:
+    def scale(self) -> float:
         """The factor alpha in front of the product."""
-        return float(node.attrs.get("alpha", 1.0))
+        return float(self.attrs.get("alpha", 1.0))
 
-    def bias_scale(self, node: gs.Node) -> float:
+    def bias_scale(self) -> float:
         """The factor beta in front of C."""
-        return float(node.attrs.get("beta", 1.0))
+        return float(self.attrs.get("beta", 1.0))
 
 
 class MatMul(Linear):
@@ -684,43 +703,44 @@ class MatMul(Linear):
     https://onnx.ai/onnx/operators/onnx__MatMul.html
     """
 
-    def wiring(self, node: gs.Node) -> Wiring:
+    @cached_property
+    def wiring(self) -> Wiring:
         """The constant side is the weight; channels are on the contracted axis."""
         for weight, data, axis in ((1, 0, -1), (0, 1, -2)):
-            matrix = node.inputs[weight]
-            other = node.inputs[data]
+            matrix = self.inputs[weight]
+            other = self.inputs[data]
             if isinstance(matrix, gs.Constant) and not isinstance(other, gs.Constant):
                 if len(matrix.shape) != 2 or other.shape is None or len(other.shape) < 2:
                     break
                 return Wiring(data, weight, None, 1, axis, axis)
         raise Unsupported("no operand is a constant matrix")
 
-    def to_canonical(self, node: gs.Node, weight: np.ndarray) -> np.ndarray:
+    def to_canonical(self, weight: np.ndarray) -> np.ndarray:
         """Outputs first."""
-        return (weight.T if self.wiring(node).weight == 1 else weight)[None]
+        return (weight.T if self.wiring.weight == 1 else weight)[None]
 
-    def from_canonical(self, node: gs.Node, weight: np.ndarray) -> np.ndarray:
+    def from_canonical(self, weight: np.ndarray) -> np.ndarray:
         """Inverse."""
-        return weight[0].T if self.wiring(node).weight == 1 else weight[0]
+        return weight[0].T if self.wiring.weight == 1 else weight[0]
 
-    def column_axis(self, node: gs.Node) -> int:
+    def column_axis(self) -> int:
         """The axis that is contracted."""
-        return 0 if self.wiring(node).weight == 1 else 1
+        return 0 if self.wiring.weight == 1 else 1
 
-    def layout(self, node: gs.Node, layouts: Layouts) -> None:
+    def layout(self, layouts: Layouts) -> None:
         """As any linear operator, with the axes counted from the end."""
-        wiring = self.wiring(node)
-        source = layouts(node.inputs[wiring.data])
-        shape = layouts.shape(node.inputs[wiring.data])
-        _, outputs, inputs = self.dims(node)
+        wiring = self.wiring
+        source = layouts(self.inputs[wiring.data])
+        shape = layouts.shape(self.inputs[wiring.data])
+        _, outputs, inputs = self.dims
         if shape[wiring.axis_in] != inputs:
             raise Unsupported("number of input channels is not known to match the weight")
-        self.check_scales(node)
+        self.check_scales()
         axis = wiring.axis_in % source.ndim
         result = layouts.fresh(outputs)
         layouts.collapse(source, [a for a in range(source.ndim) if a != axis])
         layouts.set(
-            node.outputs[0],
+            self.outputs[0],
             result.reshape([outputs if a == axis else 1 for a in range(source.ndim)]),
         )
 

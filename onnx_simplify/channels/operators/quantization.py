@@ -26,47 +26,47 @@ class Quantization(Operator):
 
     reorders = True
 
-    def sizes(self, node: gs.Node, layouts: Layouts) -> list[Dim | None] | None:
+    def sizes(self, layouts: Layouts) -> list[Dim | None] | None:
         """As before."""
-        return list(layouts.shape(node.inputs[0]))
+        return list(layouts.shape(self.inputs[0]))
 
-    def axis(self, node: gs.Node, rank: int) -> int | None:
+    def axis(self, rank: int) -> int | None:
         """The axis along which scales differ; None if there is one scale for all."""
-        if np.prod(node.inputs[1].shape) == 1:
+        if np.prod(self.inputs[1].shape) == 1:
             return None
-        return int(node.attrs.get("axis", 1)) % rank
+        return int(self.attrs.get("axis", 1)) % rank
 
-    def layout(self, node: gs.Node, layouts: Layouts) -> None:
+    def layout(self, layouts: Layouts) -> None:
         """Channels pass through."""
-        source = layouts(node.inputs[0])
-        parameters = [t for t in node.inputs[1:] if t.name]
+        source = layouts(self.inputs[0])
+        parameters = [t for t in self.inputs[1:] if t.name]
         if not parameters or not all(isinstance(t, gs.Constant) for t in parameters):
             raise Unsupported("scales are computed")
-        if node.attrs.get("block_size", 0) or any(len(t.shape) > 1 for t in parameters):
+        if self.attrs.get("block_size", 0) or any(len(t.shape) > 1 for t in parameters):
             raise Unsupported("scales of blocks")
-        axis = self.axis(node, source.ndim)
+        axis = self.axis(source.ndim)
         if axis is not None and source.shape[axis] > 1:
             if any(list(t.shape) != [source.shape[axis]] for t in parameters):
                 raise Unsupported("scales do not fit the channels")
-        layouts.set(node.outputs[0], source)
+        layouts.set(self.outputs[0], source)
 
-    def level(self, node: gs.Node, analysis: Analysis) -> Masks:
+    def level(self, analysis: Analysis) -> Masks:
         """Constants stay constant; not uniform if scales differ within a channel."""
-        level = analysis.level[node.inputs[0].name]
-        axis = self.axis(node, level.ndim)
+        level = analysis.level[self.inputs[0].name]
+        axis = self.axis(level.ndim)
         if axis is not None and level.shape[axis] == 1:
             level = np.minimum(level, MAP)
         return [level]
 
-    def need(self, node: gs.Node, analysis: Analysis, outputs: Masks) -> Masks:
+    def need(self, analysis: Analysis, outputs: Masks) -> Masks:
         """Channel by channel."""
         return [outputs[0]]
 
-    def shrink(self, node: gs.Node, cut: Cut) -> None:
+    def shrink(self, cut: Cut) -> None:
         """Slice scales and zero points."""
-        taken = cut.taken(node.outputs[0])
-        axis = self.axis(node, len(cut.analysis.shape(node.inputs[0])))
+        taken = cut.taken(self.outputs[0])
+        axis = self.axis(len(cut.analysis.shape(self.inputs[0])))
         if axis is not None and axis in taken:
-            for index, tensor in enumerate(node.inputs[1:], 1):
+            for index, tensor in enumerate(self.inputs[1:], 1):
                 if tensor.name:
-                    cut.slice(node, index, {0: taken[axis]})
+                    cut.slice(self.node, index, {0: taken[axis]})

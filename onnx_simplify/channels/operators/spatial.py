@@ -6,7 +6,6 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.layouts import Layouts, Unsupported
 from onnx_simplify.channels.operators.base import (
@@ -37,64 +36,66 @@ class Spatial(Operator):
     """
 
     reorders = True
+    channelwise = True
+    averages = True
 
-    def keeps_uniform(self, node: gs.Node, analysis: Analysis) -> bool:
+    def keeps_uniform(self, analysis: Analysis) -> bool:
         """Whether a channel with one value everywhere comes out with one value everywhere."""
         return True
 
-    def spread_axes(self, node: gs.Node, analysis: Analysis) -> list[int]:
+    def spread_axes(self, analysis: Analysis) -> list[int]:
         """Axes along which constants come out as maps if :meth:`keeps_uniform` is false."""
-        return list(range(2, len(analysis.shape(node.inputs[0]))))
+        return list(range(2, len(analysis.shape(self.inputs[0]))))
 
-    def layout(self, node: gs.Node, layouts: Layouts) -> None:
+    def layout(self, layouts: Layouts) -> None:
         """The output has the channels of the input."""
-        if sum(bool(t.name) for t in node.outputs) > 1:
+        if sum(bool(t.name) for t in self.outputs) > 1:
             raise Unsupported("a second output holds positions")
-        source = layouts(node.inputs[0])
-        if source.ndim < 3 or len(layouts.shape(node.outputs[0])) != source.ndim:
+        source = layouts(self.inputs[0])
+        if source.ndim < 3 or len(layouts.shape(self.outputs[0])) != source.ndim:
             raise Unsupported("unexpected rank")
         channels = layouts.collapse(source, [a for a in range(source.ndim) if a != 1])
-        layouts.set(node.outputs[0], channels)
+        layouts.set(self.outputs[0], channels)
 
-    def level(self, node: gs.Node, analysis: Analysis) -> Masks:
+    def level(self, analysis: Analysis) -> Masks:
         """Constants stay constant; as maps where positions differ and sizes are static."""
-        source = node.inputs[0]
+        source = self.inputs[0]
         level = min_to(
-            analysis.level[source.name], analysis.layouts.of[node.outputs[0].name].shape
+            analysis.level[source.name], analysis.layouts.of[self.outputs[0].name].shape
         )
-        output = analysis.shape(node.outputs[0])
+        output = analysis.shape(self.outputs[0])
         if not is_static(output[2:]):
             level = np.where(level == MAP, VARYING, level)
-        if not self.keeps_uniform(node, analysis):
-            shapes = analysis.shape(source), analysis.shape(node.outputs[0])
-            axes = self.spread_axes(node, analysis)
+        if not self.keeps_uniform(analysis):
+            shapes = analysis.shape(source), analysis.shape(self.outputs[0])
+            axes = self.spread_axes(analysis)
             static = all(is_static(shape, axes) for shape in shapes)
             zero = analysis.zero(source, analysis.layouts.of[source.name].shape)
             merged = tuple(a for a, size in enumerate(level.shape) if size == 1)
             zero = np.asarray(zero.all(axis=merged, keepdims=True)) & (level > VARYING)
             spread = np.minimum(level, MAP if static else VARYING)
-            level = np.where(zero & self.keeps_zero(node), level, spread)
+            level = np.where(zero & self.keeps_zero(), level, spread)
         return [level]
 
-    def keeps_zero(self, node: gs.Node) -> bool:
+    def keeps_zero(self) -> bool:
         """Whether a zero channel comes out as zero."""
         return True
 
-    def need(self, node: gs.Node, analysis: Analysis, outputs: Masks) -> Masks:
+    def need(self, analysis: Analysis, outputs: Masks) -> Masks:
         """Channel by channel."""
         assert outputs[0] is not None
-        shape = analysis.layouts.of[node.inputs[0].name].shape
-        return [np.broadcast_to(outputs[0], shape), *analysis.all_of(node.inputs[1:])]
+        shape = analysis.layouts.of[self.inputs[0].name].shape
+        return [np.broadcast_to(outputs[0], shape), *analysis.all_of(self.inputs[1:])]
 
-    def passed(self, node: gs.Node, analysis: Analysis, values: np.ndarray) -> np.ndarray | None:
+    def passed(self, analysis: Analysis, values: np.ndarray) -> np.ndarray | None:
         """Means, maxima and interpolations of equal numbers are that number."""
-        same = values.shape == analysis.layouts.of[node.outputs[0].name].shape
-        same &= node.op != "LpPool" and self.keeps_uniform(node, analysis)
+        same = values.shape == analysis.layouts.of[self.outputs[0].name].shape
+        same &= self.node.op != "LpPool" and self.keeps_uniform(analysis)
         return values if same else None
 
-    def wants_values(self, node: gs.Node, analysis: Analysis) -> list[int]:
+    def wants_values(self, analysis: Analysis) -> list[int]:
         """Zeros are special where padding brings in zeros."""
-        return [] if self.keeps_uniform(node, analysis) else [0]
+        return [] if self.keeps_uniform(analysis) else [0]
 
 
 class GlobalPool(Spatial):
@@ -104,10 +105,11 @@ class GlobalPool(Spatial):
 class Window(Spatial):
     """Pooling over a sliding window."""
 
-    def sizes(self, node: gs.Node, layouts: Layouts) -> list[Dim | None] | None:
+    def sizes(self, layouts: Layouts) -> list[Dim | None] | None:
         """Sizes stay where padding makes up for the window."""
-        source = layouts.shape(node.inputs[0])
-        return [*source[:2], *windowed(node, source[2:], attr_ints(node, "kernel_shape", []))]
+        source = layouts.shape(self.inputs[0])
+        kernel = attr_ints(self.node, "kernel_shape", [])
+        return [*source[:2], *windowed(self.node, source[2:], kernel)]
 
 
 class MaxPool(Window):
@@ -120,16 +122,14 @@ class AveragePool(Window):
     https://onnx.ai/onnx/operators/onnx__AveragePool.html
     """
 
-    def keeps_uniform(self, node: gs.Node, analysis: Analysis) -> bool:
+    def keeps_uniform(self, analysis: Analysis) -> bool:
         """Unless zeros of the padding take part."""
-        padded = any(attr_ints(node, "pads", [])) or node.attrs.get("auto_pad", "NOTSET") not in (
-            "NOTSET",
-            "VALID",
-        )
-        ragged = padded or bool(node.attrs.get("ceil_mode", 0))
-        if node.op == "LpPool":
+        padded = any(attr_ints(self.node, "pads", []))
+        padded |= self.attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
+        ragged = padded or bool(self.attrs.get("ceil_mode", 0))
+        if self.node.op == "LpPool":
             return not ragged
-        return not (ragged and node.attrs.get("count_include_pad", 0))
+        return not (ragged and self.attrs.get("count_include_pad", 0))
 
 
 class Resize(Spatial):
@@ -138,45 +138,45 @@ class Resize(Spatial):
     https://onnx.ai/onnx/operators/onnx__Resize.html
     """
 
-    def layout(self, node: gs.Node, layouts: Layouts) -> None:
+    def layout(self, layouts: Layouts) -> None:
         """The channel axis must keep its size."""
-        if "axes" in node.attrs:
+        if "axes" in self.attrs:
             raise Unsupported("axes attribute")
-        before, after = layouts.shape(node.inputs[0]), layouts.shape(node.outputs[0])
+        before, after = layouts.shape(self.inputs[0]), layouts.shape(self.outputs[0])
         if len(before) < 3 or before[1] != after[1] or not isinstance(before[1], int):
             raise Unsupported("number of channels changes")
-        super().layout(node, layouts)
+        super().layout(layouts)
 
-    def accounts_for(self, node: gs.Node) -> Collection[int]:
+    def accounts_for(self) -> Collection[int]:
         """Scales and sizes; the region only where it is not looked at."""
         # Before version 11 there was no region, and scales came second.
-        return [k for k in range(len(node.inputs)) if k != 1 or not self._crops(node)]
+        return [k for k in range(len(self.inputs)) if k != 1 or not self._crops()]
 
-    def level(self, node: gs.Node, analysis: Analysis) -> Masks:
+    def level(self, analysis: Analysis) -> Masks:
         """What differs from place to place varies with scales that are computed."""
-        (level,) = super().level(node, analysis)
-        if level is not None and any(is_computed(node, k) for k in range(1, len(node.inputs))):
+        (level,) = super().level(analysis)
+        if level is not None and any(is_computed(self.node, k) for k in range(1, len(self.inputs))):
             level = np.where(level == MAP, VARYING, level)
         return [level]
 
-    def _crops(self, node: gs.Node) -> bool:
+    def _crops(self) -> bool:
         """Whether there is a region, outside of which there is another value."""
-        mode = node.attrs.get("coordinate_transformation_mode")
+        mode = self.attrs.get("coordinate_transformation_mode")
         return bool(mode == "tf_crop_and_resize")
 
-    def keeps_uniform(self, node: gs.Node, analysis: Analysis) -> bool:
+    def keeps_uniform(self, analysis: Analysis) -> bool:
         """Interpolation weights sum to one, but not beyond the border of a crop."""
-        return not self._crops(node)
+        return not self._crops()
 
-    def keeps_zero(self, node: gs.Node) -> bool:
+    def keeps_zero(self) -> bool:
         """The value outside a crop need not be zero."""
         return False
 
-    def shrink(self, node: gs.Node, cut: Cut) -> None:
+    def shrink(self, cut: Cut) -> None:
         """Give the new number of channels if sizes are listed."""
-        kept = cut.kept(node.outputs[0])
-        if 1 in kept and has_input(node, 3):
-            cut.set_entries(node, 3, {1: int(kept[1].sum())})
+        kept = cut.kept(self.outputs[0])
+        if 1 in kept and has_input(self.node, 3):
+            cut.set_entries(self.node, 3, {1: int(kept[1].sum())})
 
 
 class Pad(Operator):
@@ -184,19 +184,19 @@ class Pad(Operator):
 
     reorders = True
 
-    def accounts_for(self, node: gs.Node) -> Collection[int]:
+    def accounts_for(self) -> Collection[int]:
         """The value; amounts are constant, or the rules do not apply."""
         return (0, 2)
 
-    def amounts(self, node: gs.Node, layouts: Layouts) -> list[tuple[int, int]]:
+    def amounts(self, layouts: Layouts) -> list[tuple[int, int]]:
         """(before, after) by axis.
 
         Raises:
             Unsupported: they are computed.
         """
-        rank = len(layouts.shape(node.inputs[0]))
-        pads = constant_ints(node, 1, "pads")
-        given = constant_ints(node, 3, "axes")
+        rank = len(layouts.shape(self.inputs[0]))
+        pads = constant_ints(self.node, 1, "pads")
+        given = constant_ints(self.node, 3, "axes")
         axes = list(range(rank)) if given is None else [a % rank for a in given]
         if pads is None or len(pads) != 2 * len(axes):
             raise Unsupported("amounts are not known")
@@ -205,16 +205,16 @@ class Pad(Operator):
             found[axis] = (before, after)
         return found
 
-    def layout(self, node: gs.Node, layouts: Layouts) -> None:
+    def layout(self, layouts: Layouts) -> None:
         """Channels pass through; a padded channel axis gets new ones, never removed."""
-        source = layouts(node.inputs[0])
-        amounts = self.amounts(node, layouts)
+        source = layouts(self.inputs[0])
+        amounts = self.amounts(layouts)
         tracked = [a for a, s in enumerate(source.shape) if s > 1]
         width = [amounts[a] if a in tracked else (0, 0) for a in range(source.ndim)]
         if any(v < 0 for pair in width for v in pair):
             raise Unsupported("channels are cropped")
         if any(v for pair in width for v in pair):
-            if node.attrs.get("mode", "constant") != "constant":
+            if self.attrs.get("mode", "constant") != "constant":
                 raise Unsupported("channels are mirrored")
             ids = np.pad(source, width, constant_values=-1)
             new = ids == -1
@@ -222,28 +222,28 @@ class Pad(Operator):
             layouts.freeze(fresh)
             ids[new] = fresh
             source = ids
-        layouts.set(node.outputs[0], source)
+        layouts.set(self.outputs[0], source)
 
-    def level(self, node: gs.Node, analysis: Analysis) -> Masks:
+    def level(self, analysis: Analysis) -> Masks:
         """Padding with another value makes a map of a constant; mirroring does not."""
-        source = node.inputs[0]
+        source = self.inputs[0]
         level = analysis.level[source.name]
-        shape = analysis.layouts.of[node.outputs[0].name].shape
-        amounts = self.amounts(node, analysis.layouts)
+        shape = analysis.layouts.of[self.outputs[0].name].shape
+        amounts = self.amounts(analysis.layouts)
         axes = [
             a
             for a, s in enumerate(level.shape)
             if s == 1 and amounts[a] != (0, 0)
         ]
-        known = not is_computed(node, 2)
+        known = not is_computed(self.node, 2)
         if not known and axes:
             level = np.full(level.shape, VARYING, np.int8)
-        elif node.attrs.get("mode", "constant") == "constant" and axes:
-            sizes = analysis.shape(source), analysis.shape(node.outputs[0])
+        elif self.attrs.get("mode", "constant") == "constant" and axes:
+            sizes = analysis.shape(source), analysis.shape(self.outputs[0])
             static = all(is_static(s, axes) for s in sizes)
             same = np.zeros(level.shape, bool)
-            value = constant_input(node, 2)
-            plain = not has_input(node, 2) and node.attrs.get("value", 0.0) == 0
+            value = constant_input(self.node, 2)
+            plain = not has_input(self.node, 2) and self.attrs.get("value", 0.0) == 0
             if plain or (value is not None and value.size == 1 and value.ravel()[0] == 0):
                 same = analysis.zero(source, level.shape) & (level > VARYING)
             level = np.where(same, level, np.minimum(level, MAP if static else VARYING))
@@ -252,13 +252,13 @@ class Pad(Operator):
             level = np.pad(level, width, constant_values=UNIFORM if known else VARYING)
         return [level]
 
-    def need(self, node: gs.Node, analysis: Analysis, outputs: Masks) -> Masks:
+    def need(self, analysis: Analysis, outputs: Masks) -> Masks:
         """Channel by channel."""
         wanted = outputs[0]
         assert wanted is not None
-        source = node.inputs[0]
+        source = self.inputs[0]
         shape = analysis.layouts.of[source.name].shape
-        amounts = self.amounts(node, analysis.layouts)
+        amounts = self.amounts(analysis.layouts)
         if wanted.shape != shape:
             wanted = wanted[
                 tuple(
@@ -266,9 +266,9 @@ class Pad(Operator):
                     for (before, _), size in zip(amounts, shape, strict=True)
                 )
             ]
-        return [wanted, *analysis.all_of(node.inputs[1:])]
+        return [wanted, *analysis.all_of(self.inputs[1:])]
 
-    def wants_values(self, node: gs.Node, analysis: Analysis) -> list[int]:
+    def wants_values(self, analysis: Analysis) -> list[int]:
         """Zeros padded with zeros stay uniform."""
         return [0]
 
@@ -280,58 +280,59 @@ class Reduce(Operator):
     """
 
     reorders = True
+    averages = True
 
-    def axes(self, node: gs.Node, layouts: Layouts) -> list[int]:
+    def axes(self, layouts: Layouts) -> list[int]:
         """The reduced axes.
 
         Raises:
             Unsupported: they are computed.
         """
-        rank = len(layouts.shape(node.inputs[0]))
-        axes = constant_ints(node, 1, "axes")
+        rank = len(layouts.shape(self.inputs[0]))
+        axes = constant_ints(self.node, 1, "axes")
         if not axes:
-            return [] if node.attrs.get("noop_with_empty_axes", 0) else list(range(rank))
+            return [] if self.attrs.get("noop_with_empty_axes", 0) else list(range(rank))
         return [a % rank for a in axes]
 
-    def layout(self, node: gs.Node, layouts: Layouts) -> None:
+    def layout(self, layouts: Layouts) -> None:
         """Reduced axes disappear or have size one."""
-        source = layouts(node.inputs[0])
-        axes = self.axes(node, layouts)
+        source = layouts(self.inputs[0])
+        axes = self.axes(layouts)
         if any(source.shape[a] > 1 for a in axes):
             raise Unsupported("reduces over channels")
-        layouts.set(node.outputs[0], self._fit(node, layouts, source))
+        layouts.set(self.outputs[0], self._fit(layouts, source))
 
-    def _fit(self, node: gs.Node, layouts: Layouts, array: np.ndarray) -> np.ndarray:
-        if node.attrs.get("keepdims", 1):
+    def _fit(self, layouts: Layouts, array: np.ndarray) -> np.ndarray:
+        if self.attrs.get("keepdims", 1):
             return array
-        return array.squeeze(tuple(self.axes(node, layouts)))
+        return array.squeeze(tuple(self.axes(layouts)))
 
-    def level(self, node: gs.Node, analysis: Analysis) -> Masks:
+    def level(self, analysis: Analysis) -> Masks:
         """Means and extrema keep constants; sums count positions, so sizes must be static."""
-        level = analysis.level[node.inputs[0].name]
-        axes = self.axes(node, analysis.layouts)
-        free = node.op in ("ReduceMean", "ReduceMax", "ReduceMin")
-        if not free and not is_static(analysis.shape(node.inputs[0]), axes):
-            shape = analysis.layouts.of[node.inputs[0].name].shape
-            zero = analysis.zero(node.inputs[0], shape) & (node.op in _ZERO_REDUCTIONS)
+        level = analysis.level[self.inputs[0].name]
+        axes = self.axes(analysis.layouts)
+        free = self.node.op in ("ReduceMean", "ReduceMax", "ReduceMin")
+        if not free and not is_static(analysis.shape(self.inputs[0]), axes):
+            shape = analysis.layouts.of[self.inputs[0].name].shape
+            zero = analysis.zero(self.inputs[0], shape) & (self.node.op in _ZERO_REDUCTIONS)
             level = np.where(zero & (level > VARYING), level, VARYING)
-        return [self._fit(node, analysis.layouts, level)]
+        return [self._fit(analysis.layouts, level)]
 
-    def passed(self, node: gs.Node, analysis: Analysis, values: np.ndarray) -> np.ndarray | None:
+    def passed(self, analysis: Analysis, values: np.ndarray) -> np.ndarray | None:
         """Means and extrema of equal numbers are that number."""
-        if node.op not in ("ReduceMean", "ReduceMax", "ReduceMin"):
+        if self.node.op not in ("ReduceMean", "ReduceMax", "ReduceMin"):
             return None
-        return self._fit(node, analysis.layouts, values)
+        return self._fit(analysis.layouts, values)
 
-    def wants_values(self, node: gs.Node, analysis: Analysis) -> list[int]:
+    def wants_values(self, analysis: Analysis) -> list[int]:
         """Zeros add up to zero, however many."""
-        return [0] if node.op in _ZERO_REDUCTIONS else []
+        return [0] if self.node.op in _ZERO_REDUCTIONS else []
 
-    def need(self, node: gs.Node, analysis: Analysis, outputs: Masks) -> Masks:
+    def need(self, analysis: Analysis, outputs: Masks) -> Masks:
         """Channel by channel."""
         assert outputs[0] is not None
-        shape = analysis.layouts.of[node.inputs[0].name].shape
-        return [outputs[0].reshape(shape), *analysis.all_of(node.inputs[1:])]
+        shape = analysis.layouts.of[self.inputs[0].name].shape
+        return [outputs[0].reshape(shape), *analysis.all_of(self.inputs[1:])]
 
 
 _ZERO_REDUCTIONS = frozenset({"ReduceSum", "ReduceL1", "ReduceL2", "ReduceSumSquare"})
