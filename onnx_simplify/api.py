@@ -31,8 +31,8 @@ import onnx
 from onnx import ModelProto
 
 from onnx_simplify import pipeline
-from onnx_simplify.channels.analysis import Analysis
 from onnx_simplify.errors import CannotVerifyError, ModelError
+from onnx_simplify.facts.facts import Facts
 from onnx_simplify.graph.edit import label
 from onnx_simplify.graph.model import Model, ModelSource, fits_message, load
 from onnx_simplify.graph.shapes import infer
@@ -262,10 +262,10 @@ def get_pinned(model: ModelSource) -> list[str]:
         _feeds(working, None, None)
     except CannotVerifyError:
         pass  # then sizes that are in dispute stay so, and with them their channels
-    analysis = Analysis(working)
+    facts = Facts(working)
     found = []
-    for product in analysis.contractions:
-        if analysis.layouts.frozen[product.channels(analysis)[1]].all():
+    for product in facts.contractions:
+        if facts.layouts.frozen[product.channels(facts)[1]].all():
             found.append(label(product.node))
     return found
 

@@ -10,9 +10,9 @@ from functools import cached_property
 
 import numpy as np
 
-from onnx_simplify.channels.analysis import Analysis
 from onnx_simplify.channels.values import VARYING
 from onnx_simplify.errors import CannotVerifyError, SimplifyError, VerificationError
+from onnx_simplify.facts.facts import Facts
 from onnx_simplify.graph.edit import label
 from onnx_simplify.graph.model import Model
 from onnx_simplify.graph.shapes import infer
@@ -39,7 +39,7 @@ from onnx_simplify.report import (
 )
 from onnx_simplify.runtime.benchmark import Timing, time_models
 from onnx_simplify.runtime.inputs import candidate_sizes, input_specs
-from onnx_simplify.runtime.measure import measure, settle_disputes
+from onnx_simplify.runtime.measure import measured, settle_disputes
 from onnx_simplify.runtime.reference import Reference
 
 PASSES = ("fold_batchnorm", "propagate_bias", "remove_zeroed")
@@ -351,22 +351,22 @@ def simplify_in_place(
         for node, count in zero_small(model, options.threshold).items():
             before[node].small = count
 
-    def observe(analysis: Analysis) -> None:
-        add_findings(before, analysis)
-        if analysis.level:
-            counts = stays(analysis, absorbing="propagate_bias" not in options.skip)
+    def observe(facts: Facts) -> None:
+        add_findings(before, facts)
+        if facts.constants is not None:
+            counts = stays(facts, absorbing="propagate_bias" not in options.skip)
             report.held_back = held_back(counts)
             for key, layer in before.items():
                 layer.stays = dict(counts.get(key, {}))
-            report.ideal_macs = ideal_macs(analysis, report.input_shapes, before)
+            report.ideal_macs = ideal_macs(facts, report.input_shapes, before)
         report.opaque = [
             Opaque(label(op.node), op.node.op, op.reason or "operator not known")
-            for op in analysis.operators
+            for op in facts.operators
             if op.is_opaque
         ]
 
     if reference is None or "propagate_bias" in options.skip:
-        observe(Analysis(model))
+        observe(Facts(model))
     aligned: dict[int, int] = {}
     for turn in range(_TURNS):
         present = {id(n) for n in model.graph.nodes}
@@ -444,13 +444,11 @@ def constant_outputs(model: Model, reference: Reference | None) -> list[str]:
     clean(working)
     settle_disputes(working, reference.feeds[0])
     fold_shapes(working)
-    analysis = Analysis(working)
-    analysis.propagate_constants()
-    measure(analysis, reference.feeds)
+    facts = measured(Facts(working), reference.feeds)
     return [
         t.name
         for t in working.graph.outputs
-        if t.name in analysis.level and (analysis.level[t.name] > VARYING).all()
+        if t.name in facts.level and (facts.level[t.name] > VARYING).all()
     ]
 
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from onnx_simplify.channels.analysis import Analysis
-from onnx_simplify.channels.operators import Operator, contractions
-from onnx_simplify.channels.operators.base import kind
 from onnx_simplify.channels.values import VARYING
+from onnx_simplify.facts.facts import Facts
+from onnx_simplify.operators import Operator, contractions
+from onnx_simplify.operators.nodes import kind
 from onnx_simplify.passes.propagate_bias import alive_after, find_readers
 
 COUPLED = "coupled with channels that vary"
@@ -23,35 +23,35 @@ COST = "removing them would cost more than it saves"
 OPAQUE = "read by "
 
 
-def stays(analysis: Analysis, *, absorbing: bool) -> dict[int, Counter[str]]:
+def stays(facts: Facts, *, absorbing: bool) -> dict[int, Counter[str]]:
     """For each layer, how many of its output channels stay for which reason.
 
     Args:
-        analysis: an analysis with levels.
+        facts: what is known of it.
         absorbing: whether constants are absorbed, so that what is constant could go.
 
     Returns:
         Counts by reason, by ``id`` of the layer's node; what could go is not among them.
     """
-    readers = find_readers(analysis, only_zeros=not absorbing)
-    alive = alive_after(analysis, readers)
-    names, frozen = _frozen(analysis)
-    varying, unsure = _varying(analysis)
-    unable = _unable(analysis)
+    readers = find_readers(facts, only_zeros=not absorbing)
+    alive = alive_after(facts, readers)
+    names, frozen = _frozen(facts)
+    varying, unsure = _varying(facts)
+    unable = _unable(facts)
     found: dict[int, Counter[str]] = {}
-    for product in contractions(analysis.model):
+    for product in contractions(facts.model):
         counts = found.setdefault(id(product.node), Counter())
         result = product.outputs[0].name
-        op = analysis.producer[result]
+        op = facts.producer[result]
         if op.is_opaque:
             # Output channels without weights.
             rows = int((~product.used.any(axis=2)).sum())
             if rows:
-                counts[_blame(analysis, op)] += rows
+                counts[_blame(facts, op)] += rows
             continue
-        labels = analysis.layouts.of[result].ravel()
-        idle = analysis.level[result].ravel() > VARYING
-        idle |= ~analysis.needed[result].ravel()
+        labels = facts.layouts.of[result].ravel()
+        idle = facts.level[result].ravel() > VARYING
+        idle |= ~facts.needed[result].ravel()
         for label in labels[idle]:
             if frozen[label] >= 0:
                 counts[names[frozen[label]]] += 1
@@ -78,11 +78,11 @@ def held_back(counts: Mapping[int, Counter[str]], most: int = 3) -> str:
     return ", ".join(f"{count} because of {r.removeprefix(OPAQUE)}" for r, count in named)
 
 
-def _frozen(analysis: Analysis) -> tuple[list[str], np.ndarray]:
+def _frozen(facts: Facts) -> tuple[list[str], np.ndarray]:
     """Reasons, and for each label the index of the one that it must stay for, or -1."""
     names: list[str] = []
-    found = np.full(analysis.layouts.frozen.size, -1)
-    for labels, reason in analysis.layouts.frozen_by:
+    found = np.full(facts.layouts.frozen.size, -1)
+    for labels, reason in facts.layouts.frozen_by:
         if reason not in names:
             names.append(reason)
         free = labels[found[labels] < 0]
@@ -90,40 +90,40 @@ def _frozen(analysis: Analysis) -> tuple[list[str], np.ndarray]:
     return names, found
 
 
-def _varying(analysis: Analysis) -> tuple[np.ndarray, np.ndarray]:
+def _varying(facts: Facts) -> tuple[np.ndarray, np.ndarray]:
     """Labels of channels that vary and are needed somewhere; those that only measurement lets vary.
 
     The latter are constant by the rules, but come out differently in different runs.
     """
-    found = np.zeros((2, analysis.layouts.frozen.size), bool)
-    for name, level in analysis.level.items():
-        layout = analysis.layouts.of[name]
-        varies = (level == VARYING) & analysis.needed[name]
+    found = np.zeros((2, facts.layouts.frozen.size), bool)
+    for name, level in facts.level.items():
+        layout = facts.layouts.of[name]
+        varies = (level == VARYING) & facts.needed[name]
         found[0, layout[varies]] = True
-        if name in analysis.disputed:
-            found[1, layout[varies & analysis.disputed[name]]] = True
+        if name in facts.disputed:
+            found[1, layout[varies & facts.disputed[name]]] = True
     return found[0], found[1]
 
 
-def _unable(analysis: Analysis) -> dict[int, str]:
+def _unable(facts: Facts) -> dict[int, str]:
     """For labels that a layer reads whose form keeps it from taking constants, why."""
     found: dict[int, str] = {}
-    for product in analysis.contractions:
+    for product in facts.contractions:
         reason = ""
         if product.is_quantized():
             reason = QUANTISED
-        elif product.spread_axes() and not product.is_static(analysis):
+        elif product.spread_axes() and not product.is_static(facts):
             reason = SIZES
         if reason:
-            for label in np.unique(product.channels(analysis)[0]):
+            for label in np.unique(product.channels(facts)[0]):
                 found.setdefault(int(label), reason)
     return found
 
 
-def _blame(analysis: Analysis, op: Operator) -> str:
+def _blame(facts: Facts, op: Operator) -> str:
     """Why a layer is not followed: itself, or what lost the shape of its input."""
     while "shape of" in op.reason or "no channels to follow" in op.reason:
-        makers = [analysis.producer.get(t.name) for t in op.inputs]
+        makers = [facts.producer.get(t.name) for t in op.inputs]
         lost = [m for m in makers if m is not None and any(t.shape is None for t in m.outputs)]
         if not lost or lost[0] is op:
             break

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnx_simplify.channels.analysis import Analysis
-from onnx_simplify.channels.operators import contractions
 from onnx_simplify.channels.values import VARYING
+from onnx_simplify.facts.facts import Facts
 from onnx_simplify.graph.edit import label
 from onnx_simplify.graph.model import Model
 from onnx_simplify.graph.quantized import QuantizedConstant
 from onnx_simplify.graph.shapes import infer
 from onnx_simplify.graph.store import serialized_size
+from onnx_simplify.operators import contractions
 from onnx_simplify.passes.clean import clean, fold_constants
 from onnx_simplify.passes.fold_shapes import fold_shapes
 from onnx_simplify.runtime.benchmark import Timing
@@ -218,52 +218,52 @@ def layers(model: Model) -> dict[int, Layer]:
     return found
 
 
-def add_findings(found: Mapping[int, Layer], analysis: Analysis) -> None:
+def add_findings(found: Mapping[int, Layer], facts: Facts) -> None:
     """Count constant and dead output channels per layer, in place.
 
     Args:
         found: the layers, as :func:`layers` gives them.
-        analysis: an analysis of the same model; levels need not have been computed.
+        facts: what is known of the same model.
     """
-    for product in contractions(analysis.model):
+    for product in contractions(facts.model):
         layer = found.get(id(product.node))
         result = product.outputs[0].name
-        if layer is None or result not in analysis.layouts.of:
+        if layer is None or result not in facts.layouts.of:
             continue
-        labels = analysis.layouts.of[result]
+        labels = facts.layouts.of[result]
         if labels.size != layer.outputs:
             continue
-        dead = ~(analysis.needed[result] | analysis.layouts.frozen[labels])
+        dead = ~(facts.needed[result] | facts.layouts.frozen[labels])
         layer.dead = int(dead.sum())
-        if result in analysis.level:
-            layer.constant = int(((analysis.level[result] > 0) & ~dead).sum())
+        if facts.constants is not None:
+            layer.constant = int(((facts.level[result] > 0) & ~dead).sum())
 
 
 def ideal_macs(
-    analysis: Analysis, shapes: Mapping[str, Sequence[int]], known: Mapping[int, Layer]
+    facts: Facts, shapes: Mapping[str, Sequence[int]], known: Mapping[int, Layer]
 ) -> int | None:
     """Multiply-accumulates between channels that vary and are needed; None if not known.
 
     Constants count as absorbed, wherever they are read.
 
     Args:
-        analysis: an analysis with levels.
+        facts: what is known of it.
         shapes: sizes of the inputs.
         known: the layers, as :func:`layers` gives them.
     """
-    total = _macs(analysis.model, shapes)
+    total = _macs(facts.model, shapes)
     if total is None:
         return None
-    need = analysis.need(
+    need = facts.need(
         {
-            (op, index): analysis.level[tensor.name] > VARYING
-            for op in analysis.operators
+            (op, index): facts.level[tensor.name] > VARYING
+            for op in facts.operators
             for index, tensor in enumerate(op.inputs)
-            if tensor.name in analysis.level and not isinstance(tensor, gs.Constant)
+            if tensor.name in facts.level and not isinstance(tensor, gs.Constant)
         }
     )
     found = 0.0
-    for product in contractions(analysis.model):
+    for product in contractions(facts.model):
         if id(product.node) not in known:
             continue
         groups, *sizes = product.dims
@@ -271,7 +271,7 @@ def ideal_macs(
         live = [np.full(groups, size) for size in sizes]
         for k, name in enumerate(ends):
             if name in need and need[name].size == groups * sizes[k]:
-                varying = need[name] & (analysis.level[name] == VARYING)
+                varying = need[name] & (facts.level[name] == VARYING)
                 live[k] = varying.reshape(groups, -1).sum(1)
         share = float((live[0] * live[1]).sum()) / max(groups * sizes[0] * sizes[1], 1)
         # What does not depend on the inputs' values is gone where sizes had to be followed.

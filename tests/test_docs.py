@@ -23,8 +23,8 @@ import onnx_simplify
 from build import Graph, assert_same_function, pruned, random_feeds
 from documents import DOCS, Block, blocks, execute, section
 from onnx_simplify.channels import operators
-from onnx_simplify.channels.operators import Operator, lookup
 from onnx_simplify.cli import _parser
+from onnx_simplify.operators import Operator, lookup
 from onnx_simplify.pipeline import PASSES
 from onnx_simplify.planning.profiles import PROFILES
 from onnx_simplify.report import Layer, Report

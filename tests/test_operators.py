@@ -8,7 +8,7 @@ import pytest
 
 import onnx_simplify
 from build import Graph, assert_same_function, count, gated_constants, initializer, pruned
-from onnx_simplify.channels.analysis import Analysis
+from onnx_simplify.facts.facts import Facts
 from onnx_simplify.graph.model import load
 
 
@@ -421,8 +421,8 @@ def test_piece_sizes_of_a_split_are_no_shape():
     y = g.conv(x, pruned(g.normal(8, 3, 3, 3), [0, 3, 5]), g.normal(8), strides=[2, 2])
     pieces = g.op("Split", y, np.array([2, 2, 2, 2]), outputs=4, axis=1)
     g.output(g.op("Sum", *pieces))
-    analysis = Analysis(load(g.model()))
-    (split,) = [n for n in analysis.model.graph.nodes if n.op == "Split"]
+    facts = Facts(load(g.model()))
+    (split,) = [n for n in facts.model.graph.nodes if n.op == "Split"]
     assert all(isinstance(d, str) for d in split.outputs[0].shape[2:])
 
 

@@ -17,8 +17,8 @@ from onnx import ModelProto, TensorProto, helper
 import onnx_simplify
 from build import Graph, assert_same_function, gated_constants, pruned, random_feeds, small_cnn
 from onnx_simplify import reasons
-from onnx_simplify.channels.analysis import Analysis
 from onnx_simplify.channels.values import Constants
+from onnx_simplify.facts.facts import Facts
 from onnx_simplify.graph.model import load
 from onnx_simplify.planning import profiles
 from random_graphs import random_model
@@ -175,13 +175,11 @@ def test_constants_that_a_mean_makes_uncertain_are_said_to_be():
     y = stem(g, g.input("x", ["n", 3, "h", "w"]))
     y = g.op("ReduceMean", y, axes=[2, 3], keepdims=1)
     g.output(g.conv(y, g.normal(4, 16, 1, 1), g.normal(4)))
-    analysis = Analysis(load(g.model()))
-    (node, *_) = analysis.model.graph.nodes
-    analysis.propagate_constants()
-    mean = next(n.outputs[0].name for n in analysis.model.graph.nodes if n.op == "ReduceMean")
-    analysis.constants = Constants(agreement={mean: np.zeros((1, 16, 1, 1), bool)})
-    analysis.propagate_constants()
-    found = reasons.stays(analysis, absorbing=True)
+    facts = Facts(load(g.model()))
+    (node, *_) = facts.model.graph.nodes
+    mean = next(n.outputs[0].name for n in facts.model.graph.nodes if n.op == "ReduceMean")
+    disagreeing = Constants(agreement={mean: np.zeros((1, 16, 1, 1), bool)})
+    found = reasons.stays(facts.measured(disagreeing), absorbing=True)
     assert found[id(node)] == {"measured constants do not agree (rounding of a mean)": len(DEAD)}
 
 

@@ -1,1 +1,1 @@
-"""Channel analysis: layouts (which channel sits where) and facts (constant? needed?)."""
+"""Channels: which of them sits where in a tensor, and the values of constant ones."""

@@ -153,7 +153,10 @@ class Layouts:
         for ids, reason in self._frozen:
             self.frozen[labels[ids]] = True
             self.frozen_by.append((labels[ids], reason))
-        self.of = {name: labels[layout] for name, layout in self.of.items()}
+        self.frozen.flags.writeable = False
+        self.of = {name: np.asarray(labels[layout]) for name, layout in self.of.items()}
+        for layout in self.of.values():
+            layout.flags.writeable = False
 
 
 def components(count: int, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:

@@ -157,3 +157,20 @@ def _wide(values: np.ndarray) -> np.ndarray:
     """As float32, or float64 where that would lose digits."""
     wide = np.float64 if values.dtype.itemsize == 8 or values.dtype.kind in "iu" else np.float32
     return values.astype(wide, copy=False)
+
+
+def reduce_to(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Combine a mask with `or` over the axes along which an operand of ``shape`` is broadcast."""
+    lead = mask.ndim - len(shape)
+    mask = np.asarray(mask.any(axis=tuple(range(lead)))) if lead > 0 else mask
+    axes = tuple(a for a, s in enumerate(shape) if s == 1 and mask.shape[a] > 1)
+    mask = np.asarray(mask.any(axis=axes, keepdims=True)) if axes else mask
+    return np.broadcast_to(mask, shape)
+
+
+def min_to(level: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The weakest level over axes that the output does not track; positions may then differ."""
+    axes = tuple(a for a, s in enumerate(shape) if s == 1 and level.shape[a] > 1)
+    if not axes:
+        return level
+    return np.minimum(level.min(axis=axes, keepdims=True), MAP)

@@ -51,7 +51,7 @@ class Model:
         graph: the onnx-graphsurgeon graph; every ``Constant`` holds a numpy array.
         template: the original message without nodes, initializers and value infos.
         overridable: initializers that are also graph inputs in IR version 4 or newer.  A caller may
-            override them at run time, so they are plain inputs to the analysis.
+            override them at run time, so they are plain inputs to the facts.
         kept_names: tensors that must survive: graph outputs and outer values used in subgraphs.
         pinned: tensors whose channels must stay, see :meth:`pin`.
         mapped: files mapped into memory that weights are views of.

@@ -12,11 +12,11 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnx_simplify.channels.analysis import Analysis
-from onnx_simplify.channels.operators import Operator
-from onnx_simplify.channels.operators.linear import Linear
+from onnx_simplify.facts.facts import Facts
 from onnx_simplify.graph.edit import Editor, drop_unused, label
 from onnx_simplify.graph.model import Model
+from onnx_simplify.operators import Operator
+from onnx_simplify.operators.contraction import Contraction
 from onnx_simplify.planning.layers import layer_of
 from onnx_simplify.planning.planner import Planner
 
@@ -33,33 +33,33 @@ def absorb_gathers(model: Model, planner: Planner) -> None:
     for rewrite in (_split, _spread):
         if not any(node.op == "Gather" for node in model.graph.nodes):
             return
-        analysis = Analysis(model)
-        editor = Editor(model, analysis.layouts.readers)
-        for op in analysis.operators:
-            indices = _indices(analysis, op)
-            users = analysis.readers.get(op.outputs[0].name, [])
+        facts = Facts(model)
+        editor = Editor(model, facts.layouts.readers)
+        for op in facts.operators:
+            indices = _indices(facts, op)
+            users = facts.readers.get(op.outputs[0].name, [])
             if indices is not None and users:
-                rewrite(analysis, editor, planner, op.node, indices, users)
+                rewrite(facts, editor, planner, op.node, indices, users)
         editor.finish()
         drop_unused(model)
 
 
-def _indices(analysis: Analysis, op: Operator) -> np.ndarray | None:
+def _indices(facts: Facts, op: Operator) -> np.ndarray | None:
     """Which channels (of axis 1) a node gathers; None if it does something else."""
-    if op.node.op != "Gather" or op.is_opaque or analysis.model.is_kept(op.outputs[0]):
+    if op.node.op != "Gather" or op.is_opaque or facts.model.is_kept(op.outputs[0]):
         return None
-    layout = analysis.layouts.of[op.inputs[0].name]
-    if set(op.picks(analysis.layouts)) != {1} or layout.ndim < 3:
+    layout = facts.layouts.of[op.inputs[0].name]
+    if set(op.picks(facts.layouts)) != {1} or layout.ndim < 3:
         return None
     if not 1 < layout.size == layout.shape[1]:
         return None
     places = np.arange(layout.size).reshape(layout.shape)
-    (picked,) = op.move(analysis.layouts, [places])
+    (picked,) = op.move(facts.layouts, [places])
     return picked.ravel() if picked.ndim == layout.ndim else None
 
 
 def _split(
-    analysis: Analysis,
+    facts: Facts,
     editor: Editor,
     planner: Planner,
     node: gs.Node,
@@ -67,13 +67,13 @@ def _split(
     users: Users,
 ) -> None:
     """Gather piece by piece if all readers take pieces."""
-    if not all(_takes_pieces(analysis, user) for user, _ in users):
+    if not all(_takes_pieces(facts, user) for user, _ in users):
         return
     source = node.inputs[0]
-    places = np.arange(indices.size).reshape([1, -1] + [1] * (len(analysis.shape(source)) - 2))
+    places = np.arange(indices.size).reshape([1, -1] + [1] * (len(facts.shape(source)) - 2))
     for user, _ in users:
         # Sizes of the pieces may be those of the outputs.
-        pieces = user.move(analysis.layouts, [places])
+        pieces = user.move(facts.layouts, [places])
         results = list(user.outputs)
         user.node.outputs = [gs.Variable.empty() for _ in results]
         for result, piece in zip(results, pieces, strict=True):
@@ -85,7 +85,7 @@ def _split(
 
 
 def _spread(
-    analysis: Analysis,
+    facts: Facts,
     editor: Editor,
     planner: Planner,
     node: gs.Node,
@@ -96,8 +96,8 @@ def _spread(
     products = [p for user, _ in users for p in user.contractions if _is_plain(p)]
     if any(index != 0 for _, index in users) or len(products) < len(users):
         return
-    channels = analysis.layouts.of[node.inputs[0].name].size
-    layers = [layer_of(product, analysis) for product in products]
+    channels = facts.layouts.of[node.inputs[0].name].size
+    layers = [layer_of(product, facts) for product in products]
     if np.unique(indices).size < indices.size or not planner.prefers_zeros(layers, channels):
         return
     for product in products:
@@ -108,10 +108,10 @@ def _spread(
         product.inputs[0] = node.inputs[0]
 
 
-def _takes_pieces(analysis: Analysis, op: Operator) -> bool:
+def _takes_pieces(facts: Facts, op: Operator) -> bool:
     """Whether a node takes pieces along axis 1 and does nothing else."""
-    return op.node.op != "Gather" and set(op.picks(analysis.layouts)) == {1}
+    return op.node.op != "Gather" and set(op.picks(facts.layouts)) == {1}
 
 
-def _is_plain(product: Linear) -> bool:
+def _is_plain(product: Contraction) -> bool:
     return product.regroups and product.dims[0] == 1 and not product.is_quantized()

@@ -13,10 +13,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.layouts import components
-from onnx_simplify.channels.operators.elementwise import has_mask, is_inference_dropout
 from onnx_simplify.graph.edit import Readers, consumers, drop_unused, remove_nodes
 from onnx_simplify.graph.model import Model
 from onnx_simplify.graph.quantized import QuantizedConstant
+from onnx_simplify.operators.elementwise import has_mask, is_inference_dropout
 from onnx_simplify.runtime.session import run_nodes
 
 # A folded constant may be larger than its operands together by this many bytes.

@@ -15,10 +15,6 @@ from collections.abc import Collection, Iterator
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnx_simplify.channels.operators import bind
-from onnx_simplify.channels.operators.base import constant_input, has_input
-from onnx_simplify.channels.operators.elementwise import has_equal_vectors
-from onnx_simplify.channels.operators.linear import Linear
 from onnx_simplify.errors import ModelError
 from onnx_simplify.graph.edit import (
     Editor,
@@ -29,6 +25,10 @@ from onnx_simplify.graph.edit import (
     shares_weights,
 )
 from onnx_simplify.graph.model import Model
+from onnx_simplify.operators import bind
+from onnx_simplify.operators.contraction import Contraction
+from onnx_simplify.operators.nodes import constant_input, has_input
+from onnx_simplify.operators.normalization import has_equal_vectors
 
 
 def foldable(model: Model) -> Iterator[tuple[gs.Node, gs.Node, bool]]:
@@ -111,7 +111,7 @@ def _is_inference(bn: gs.Node) -> bool:
     )
 
 
-def _linear(node: gs.Node) -> Linear | None:
+def _linear(node: gs.Node) -> Contraction | None:
     """The node's product with constant weights, if that is all it does; its bias is constant."""
     products = bind(node).contractions
     if len(products) != 1 or products[0].is_quantized() or not products[0].is_sound:

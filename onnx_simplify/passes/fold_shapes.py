@@ -18,11 +18,11 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.layouts import Unsupported
-from onnx_simplify.channels.operators.base import constant_input, constant_ints
 from onnx_simplify.graph.edit import consumers, drop_unused
 from onnx_simplify.graph.model import Model
 from onnx_simplify.graph.shapes import infer
 from onnx_simplify.graph.traits import SELECTS
+from onnx_simplify.operators.nodes import constant_input, constant_ints
 from onnx_simplify.passes.clean import fold_constants
 
 # Longer vectors are not shapes.

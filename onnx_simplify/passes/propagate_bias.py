@@ -24,18 +24,18 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from onnx_simplify.channels.analysis import Absorbed, Analysis
-from onnx_simplify.channels.operators.linear import Linear
 from onnx_simplify.channels.values import VARYING
+from onnx_simplify.facts.facts import Absorbed, Facts
 from onnx_simplify.graph.edit import Editor, label
 from onnx_simplify.graph.model import Model
 from onnx_simplify.graph.shapes import Dim
+from onnx_simplify.operators.contraction import Contraction
 from onnx_simplify.passes.clean import clean
 from onnx_simplify.passes.regroup_shuffles import regroup_shuffles
 from onnx_simplify.passes.split_sums import split_sums
 from onnx_simplify.planning.planner import Planner, Work
 from onnx_simplify.runtime.inputs import Feeds
-from onnx_simplify.runtime.measure import measure
+from onnx_simplify.runtime.measure import measured
 from onnx_simplify.runtime.session import run_proto
 
 # Larger arrays are computed at run time rather than stored.
@@ -54,63 +54,60 @@ def propagate_bias(
     runs: Sequence[Feeds],
     *,
     only_zeros: bool = False,
-    observe: Callable[[Analysis], None] | None = None,
+    observe: Callable[[Facts], None] | None = None,
 ) -> None:
     """Absorb constants, in place.
 
     Args:
         model: a cleaned model.
         planner: chooses among the ways to absorb.
-        runs: inputs for measuring constants, see :func:`onnx_simplify.runtime.measure.measure`.
+        runs: inputs for measuring constants, see :func:`onnx_simplify.runtime.measure.measured`.
         only_zeros: absorb nothing but zeros, which needs no bias.
-        observe: called with the analysis before anything is absorbed.
+        observe: called with the facts before anything is absorbed.
     """
     splitter = None if only_zeros else planner
-    analysis = _measured(model, runs, splitter)
+    facts = _measured(model, runs, splitter)
     if observe is not None:
-        observe(analysis)
+        observe(facts)
     if not only_zeros:
-        stored = _store_constant_operands(analysis)
-        if _store_constant_results(analysis) or stored:
+        stored = _store_constant_operands(facts)
+        if _store_constant_results(facts) or stored:
             clean(model)
-            analysis = _measured(model, runs, splitter)
-    readers = find_readers(analysis, only_zeros=only_zeros)
-    alive = alive_after(analysis, readers)
-    if regroup_shuffles(analysis, alive):
-        analysis = _measured(model, runs)
-        readers = find_readers(analysis, only_zeros=only_zeros)
-        alive = alive_after(analysis, readers)
-    _absorb(analysis, planner, readers, alive)
+            facts = _measured(model, runs, splitter)
+    readers = find_readers(facts, only_zeros=only_zeros)
+    alive = alive_after(facts, readers)
+    if regroup_shuffles(facts, alive):
+        facts = _measured(model, runs)
+        readers = find_readers(facts, only_zeros=only_zeros)
+        alive = alive_after(facts, readers)
+    _absorb(facts, planner, readers, alive)
 
 
-def _measured(model: Model, runs: Sequence[Feeds], splitter: Planner | None = None) -> Analysis:
-    """An analysis with measured constants, after sums are split if there is a planner for it."""
-    analysis = Analysis(model)
-    analysis.propagate_constants()
-    if splitter is not None and split_sums(analysis, splitter):
-        analysis = Analysis(model)
-        analysis.propagate_constants()
-    measure(analysis, runs)
-    return analysis
+def _measured(model: Model, runs: Sequence[Feeds], splitter: Planner | None = None) -> Facts:
+    """Facts with measured constants, after sums are split if there is a planner for it."""
+    facts = Facts(model)
+    if splitter is not None and split_sums(facts, splitter):
+        facts = Facts(model)
+    return measured(facts, runs)
 
 
-def _store_constant_operands(analysis: Analysis) -> bool:
+def _store_constant_operands(facts: Facts) -> bool:
     """Replace operands of elementwise nodes that are constant altogether by initializers."""
-    model = analysis.model
-    need = analysis.needed
+    model = facts.model
+    need = facts.needed
     changed = False
-    for op in analysis.operators:
+    for op in facts.operators:
         node = op.node
         if not op.stores_operands:
             continue
         operands = [t for t in node.inputs if t.name and not isinstance(t, gs.Constant)]
-        fixed = [t for t in operands if ((analysis.level[t.name] > VARYING) | ~need[t.name]).all()]
+        fixed = [t for t in operands if ((facts.level[t.name] > VARYING) | ~need[t.name]).all()]
         if len(fixed) == len(operands):
             continue
         for tensor in fixed:
-            values = _stored(analysis, tensor, need[tensor.name])
+            values = _stored(facts, tensor, need[tensor.name])
             others = [t for t in operands if t is not tensor]
-            if values is None or not _same_shape(analysis, node, others, values.shape):
+            if values is None or not _same_shape(facts, node, others, values.shape):
                 continue
             constant = model.constant(f"{tensor.name}_constant", values.astype(tensor.dtype))
             for index, other in enumerate(node.inputs):
@@ -121,27 +118,27 @@ def _store_constant_operands(analysis: Analysis) -> bool:
     return changed
 
 
-def _store_constant_results(analysis: Analysis) -> bool:
+def _store_constant_results(facts: Facts) -> bool:
     """Compute tensors that must exist, but are constant altogether, from their constants alone.
 
     Those are graph outputs and inputs of operators that are not understood.
     """
-    model = analysis.model
+    model = facts.model
     if model.opset < 8:  # there is no Expand
         return False
-    editor = Editor(model, analysis.layouts.readers)
+    editor = Editor(model, facts.layouts.readers)
     kept = {t.name for t in model.graph.outputs}
     changed = False
-    for op in analysis.operators:
+    for op in facts.operators:
         node = op.node
         for index, result in enumerate(node.outputs):
-            if not analysis.has(result) or not (analysis.level[result.name] > VARYING).all():
+            if not facts.has(result) or not (facts.level[result.name] > VARYING).all():
                 continue
-            users = analysis.readers.get(result.name, [])
+            users = facts.readers.get(result.name, [])
             if result.name not in kept and not any(user.is_opaque for user, _ in users):
                 continue
-            values = _stored(analysis, result, np.ones(analysis.level[result.name].shape, bool))
-            shape = _shape_nodes(analysis, result)
+            values = _stored(facts, result, np.ones(facts.level[result.name].shape, bool))
+            shape = _shape_nodes(facts, result)
             if values is None or shape is None:
                 continue
             constant = model.constant(f"{result.name}_constant", values.astype(result.dtype))
@@ -156,14 +153,14 @@ def _store_constant_results(analysis: Analysis) -> bool:
 
 
 def _shape_nodes(
-    analysis: Analysis, tensor: gs.Tensor
+    facts: Facts, tensor: gs.Tensor
 ) -> tuple[gs.Tensor, list[gs.Node]] | None:
     """A tensor's shape as a vector, and what computes it from the graph's inputs.
 
     None if a size is not one of an input.
     """
-    model = analysis.model
-    dims = analysis.shape(tensor)
+    model = facts.model
+    dims = facts.shape(tensor)
     if all(isinstance(d, int) for d in dims):
         return model.constant(f"{tensor.name}_shape", np.array(dims, np.int64)), []
     nodes: list[gs.Node] = []
@@ -193,24 +190,24 @@ def _shape_nodes(
     return add("Concat", parts, axis=0), nodes
 
 
-def _stored(analysis: Analysis, tensor: gs.Tensor, need: np.ndarray) -> np.ndarray | None:
+def _stored(facts: Facts, tensor: gs.Tensor, need: np.ndarray) -> np.ndarray | None:
     """The constant as an array that broadcasts to the tensor, if it can be had.
 
     Where it is not needed, it has some other needed value.
     """
-    scalar = analysis.scalar(tensor)
+    scalar = facts.scalar(tensor)
     if np.isfinite(scalar[need]).all():
         return np.where(need, scalar, scalar[need].flat[0] if need.any() else 0.0)
-    found = analysis.array(tensor)
+    found = facts.array(tensor)
     return found if found is not None and found.nbytes <= _LARGEST_CONSTANT else None
 
 
 def _same_shape(
-    analysis: Analysis, node: gs.Node, others: list[gs.Tensor], shape: tuple[int, ...]
+    facts: Facts, node: gs.Node, others: list[gs.Tensor], shape: tuple[int, ...]
 ) -> bool:
     """Whether the remaining operands and an array broadcast to the shape of the output."""
-    output = analysis.shape(node.outputs[0])
-    shapes: list[list[Dim]] = [list(shape), *(analysis.shape(t) for t in others)]
+    output = facts.shape(node.outputs[0])
+    shapes: list[list[Dim]] = [list(shape), *(facts.shape(t) for t in others)]
     for axis in range(1, len(output) + 1):
         found = [s[-axis] for s in shapes if len(s) >= axis]
         if output[-axis] != 1 and output[-axis] not in found:
@@ -235,7 +232,7 @@ class Reader:
         stand_ins: (channels, those that stand for them, weights ``[stand-ins, channels]``).
     """
 
-    product: Linear
+    product: Contraction
     labels: np.ndarray
     scalar: np.ndarray
     padded: np.ndarray
@@ -259,69 +256,69 @@ class Reader:
 
 
 def alive_after(
-    analysis: Analysis, readers: list[Reader], *, decided: bool = False
+    facts: Facts, readers: list[Reader], *, decided: bool = False
 ) -> np.ndarray:
     """Labels that stay if everything that can be absorbed is, or all that it was decided to."""
     absorbed: Absorbed = {}
     for reader in readers:
         wiring = reader.product.wiring
-        layout = analysis.layouts.of[reader.product.inputs[wiring.data].name]
+        layout = facts.layouts.of[reader.product.inputs[wiring.data].name]
         axis = wiring.axis_in % layout.ndim
         shape = [-1 if a == axis else 1 for a in range(layout.ndim)]
         mask = reader.absorb if decided else reader.candidates
         absorbed[reader.product, wiring.data] = mask.reshape(shape)
-    return analysis.alive(analysis.need(absorbed))
+    return facts.alive(facts.need(absorbed))
 
 
 def _absorb(
-    analysis: Analysis, planner: Planner, readers: list[Reader], alive: np.ndarray
+    facts: Facts, planner: Planner, readers: list[Reader], alive: np.ndarray
 ) -> None:
     """Absorb what makes channels removable.
 
     Args:
-        analysis: the analysis.
+        facts: what is known.
         planner: chooses among the ways to absorb.
         readers: all readers of constants.
         alive: labels that stay if everything is absorbed.
     """
     # Groups that will merge keep nothing to be as wide as the widest.
-    mergers = planner.merge_groups(analysis, alive)
-    alive = analysis.close(alive, free=mergers)
-    choice = _Choice(analysis, planner, alive)
+    mergers = planner.merge_groups(facts, alive)
+    alive = facts.close(alive, free=mergers)
+    choice = _Choice(facts, planner, alive)
     # Backwards: a channel that stays for a later reader need not be absorbed by an earlier one.
     for reader in reversed(readers):
         _decide(choice, reader)
     if any(reader.stand_ins for reader in readers):
         # So does what channels are computed from that stay to stand for others.
-        needed = alive_after(analysis, readers, decided=True)
-        alive = alive | analysis.close(needed, free=mergers)
-    editor = Editor(analysis.model, analysis.layouts.readers)
+        needed = alive_after(facts, readers, decided=True)
+        alive = alive | facts.close(needed, free=mergers)
+    editor = Editor(facts.model, facts.layouts.readers)
     for reader in readers:
-        _rewrite(analysis, editor, reader, alive)
+        _rewrite(facts, editor, reader, alive)
     editor.finish()
 
 
-def find_readers(analysis: Analysis, *, only_zeros: bool) -> list[Reader]:
+def find_readers(facts: Facts, *, only_zeros: bool) -> list[Reader]:
     """The products that read constant channels, with the ways in which they could absorb them.
 
     Args:
-        analysis: an analysis with levels.
+        facts: what is known of it.
         only_zeros: look at nothing but zeros, which need no bias.
     """
     found = []
-    for product in analysis.contractions:
+    for product in facts.contractions:
         wiring = product.wiring
         tensor = product.inputs[wiring.data]
-        layout = analysis.layouts.of[tensor.name]
-        level = product.input_level(analysis)
+        layout = facts.layouts.of[tensor.name]
+        level = product.input_level(facts)
         if layout.shape[wiring.axis_in] == 1 or not (level > VARYING).any():
             continue
-        labels, _ = product.channels(analysis)
-        values = product.input_values(analysis)
+        labels, _ = product.channels(facts)
+        values = product.input_values(facts)
         zero, uniform = values == 0, np.isfinite(values)
         spread = bool(product.spread_axes())
-        static = product.is_static(analysis)
-        usable = static and analysis.array(tensor) is not None
+        static = product.is_static(facts)
+        usable = static and facts.array(tensor) is not None
         mapped = (level > VARYING) & ~uniform & usable
         scalar, padded = (zero, uniform & ~zero) if spread else (uniform, np.zeros_like(zero))
         if product.is_quantized():
@@ -347,7 +344,7 @@ class _Choice:
         alive: labels that stay; those of channels that stand for others are added.
     """
 
-    analysis: Analysis
+    facts: Facts
     planner: Planner
     alive: np.ndarray
 
@@ -369,7 +366,7 @@ def _decide(choice: _Choice, reader: Reader) -> None:
 def _decide_uniform(choice: _Choice, reader: Reader, padded: np.ndarray) -> None:
     """One channel of each group stands for all others: their constants are multiples of its."""
     groups, _, inputs = reader.product.used.shape
-    static = reader.product.is_static(choice.analysis)
+    static = reader.product.is_static(choice.facts)
     if groups > 1 and static:
         return
     # A constant channel that stays anyway stands for the others at no cost.
@@ -394,11 +391,11 @@ def _decide_uniform(choice: _Choice, reader: Reader, padded: np.ndarray) -> None
 
 def _decide_mapped(choice: _Choice, reader: Reader, varied: np.ndarray) -> None:
     """A few channels stand for all others, whose maps are linear combinations of theirs."""
-    analysis = choice.analysis
+    facts = choice.facts
     wiring = reader.product.wiring
     source = reader.product.inputs[wiring.data]
-    known = analysis.array(source)
-    axis = wiring.axis_in % len(analysis.shape(source))
+    known = facts.array(source)
+    axis = wiring.axis_in % len(facts.shape(source))
     members = np.flatnonzero(varied)
     if known is None or known.shape[axis] != reader.labels.size:
         return
@@ -419,23 +416,23 @@ def _decide_mapped(choice: _Choice, reader: Reader, varied: np.ndarray) -> None:
 
 def _is_cheaper(choice: _Choice, reader: Reader, stand_ins: np.ndarray) -> bool:
     """Whether these channels shall stay to stand for others, rather than a map be added."""
-    analysis, alive = choice.analysis, choice.alive
+    facts, alive = choice.facts, choice.alive
     product = reader.product
-    source, result = product.positions(analysis)
-    outputs = int(alive[product.channels(analysis)[1]].sum()) * result
+    source, result = product.positions(facts)
+    outputs = int(alive[product.channels(facts)[1]].sum()) * result
     own = Work(int(alive[reader.labels].sum()), product.taps() * outputs, source)
-    places = analysis.places
+    places = facts.places
     makers = {
         maker
         for channel in reader.labels[stand_ins]
-        for maker in analysis.makers.get(int(channel), [])
+        for maker in facts.makers.get(int(channel), [])
         if places[maker] < places[product]
     }
     producers = []
     for maker in sorted(makers, key=places.__getitem__):
-        inputs, results = maker.channels(analysis)
+        inputs, results = maker.channels(facts)
         each = max(1, int(alive[inputs].sum()) // maker.dims[0]) * maker.taps()
-        positions = maker.positions(analysis)[1]
+        positions = maker.positions(facts)[1]
         producers.append(Work(int(alive[results].sum()), each * positions, positions))
     return choice.planner.prefers_stand_ins(stand_ins.size, producers, own, outputs)
 
@@ -496,7 +493,7 @@ def basis(
 
 
 def _rewrite(
-    analysis: Analysis, editor: Editor, reader: Reader, alive: np.ndarray
+    facts: Facts, editor: Editor, reader: Reader, alive: np.ndarray
 ) -> None:
     if not reader.absorb.any():
         return
@@ -504,11 +501,11 @@ def _rewrite(
     scalar = reader.absorb & reader.scalar
     mapped = reader.absorb & ~scalar & ~reader.replaced
     # Nobody looks at an output that is dead.
-    seen = alive[product.channels(analysis)[1]]
+    seen = alive[product.channels(facts)[1]]
     shift = product.response(np.where(scalar, reader.values, reader.offsets)) * seen
     addend = None
     if mapped.any() and seen.any():
-        addend = _response_map(analysis, reader, mapped)
+        addend = _response_map(facts, reader, mapped)
         axis = product.wiring.axis_out % addend.ndim
         addend *= seen.reshape([-1 if a == axis else 1 for a in range(addend.ndim)])
         flat = np.moveaxis(addend, axis, 0).reshape(addend.shape[axis], -1)
@@ -538,7 +535,7 @@ def _merge_columns(reader: Reader, editor: Editor) -> None:
     reader.product.set_weights(weight, editor.put)
 
 
-def _response_map(analysis: Analysis, reader: Reader, mask: np.ndarray) -> np.ndarray:
+def _response_map(facts: Facts, reader: Reader, mask: np.ndarray) -> np.ndarray:
     """What the constants of some input channels add to the output, as an array (float32).
 
     The node itself is run on these channels alone, with size 1 along axes where nothing varies.
@@ -546,9 +543,9 @@ def _response_map(analysis: Analysis, reader: Reader, mask: np.ndarray) -> np.nd
     product = reader.product
     wiring = product.wiring
     source = product.inputs[wiring.data]
-    sizes = analysis.shape(source)
+    sizes = facts.shape(source)
     axis = wiring.axis_in % len(sizes)
-    known = analysis.array(source)
+    known = facts.array(source)
     spread = product.spread_axes()
     shape = []
     for a, size in enumerate(sizes):
@@ -563,7 +560,7 @@ def _response_map(analysis: Analysis, reader: Reader, mask: np.ndarray) -> np.nd
     if known is not None:
         values = np.where(np.isfinite(reader.values).reshape(column), values, known)
     data = np.broadcast_to(np.where(mask.reshape(column), values, 0), shape).astype(np.float32)
-    return _run_alone(analysis.model, product.node, wiring.data, wiring.weight, data)
+    return _run_alone(facts.model, product.node, wiring.data, wiring.weight, data)
 
 
 def _run_alone(

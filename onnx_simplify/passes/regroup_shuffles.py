@@ -11,27 +11,27 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnx_simplify.channels.analysis import Analysis
-from onnx_simplify.channels.operators import Operator
+from onnx_simplify.facts.facts import Facts
 from onnx_simplify.graph.edit import drop_unused, label, set_nodes
+from onnx_simplify.operators import Operator
 
 
-def regroup_shuffles(analysis: Analysis, alive: np.ndarray) -> bool:
+def regroup_shuffles(facts: Facts, alive: np.ndarray) -> bool:
     """Rewrite in place where the labels in ``alive`` (bool ``(labels,)``) do not form a grid.
 
     Returns:
-        Whether anything was rewritten; the analysis is then out of date.
+        Whether anything was rewritten; the facts are then out of date.
     """
-    model = analysis.model
+    model = facts.model
     swap: dict[str, gs.Node] = {}
-    for op in analysis.operators:
+    for op in facts.operators:
         node = op.node
-        if node.op != "Reshape" or not analysis.has(node.outputs[0]):
+        if node.op != "Reshape" or not facts.has(node.outputs[0]):
             continue
-        chain = _chain(analysis, op)
-        if chain is None or all(_is_grid(analysis, o.outputs[0], alive) for o in chain):
+        chain = _chain(facts, op)
+        if chain is None or all(_is_grid(facts, o.outputs[0], alive) for o in chain):
             continue
-        found = _permutation(analysis, chain)
+        found = _permutation(facts, chain)
         if found is not None:
             axis, indices = found
             name = model.unique(f"{label(node)}_gather")
@@ -54,59 +54,59 @@ def regroup_shuffles(analysis: Analysis, alive: np.ndarray) -> bool:
     return True
 
 
-def _chain(analysis: Analysis, last: Operator) -> list[Operator] | None:
+def _chain(facts: Facts, last: Operator) -> list[Operator] | None:
     """The nodes Reshape, Transpose, ..., Reshape that end at ``last``, first one first."""
     chain = [last]
     while True:
-        op = analysis.producer.get(chain[-1].inputs[0].name)
+        op = facts.producer.get(chain[-1].inputs[0].name)
         if op is None or op.node.op not in ("Reshape", "Transpose"):
             break
         chain.append(op)
     while chain and chain[-1].node.op != "Reshape":
         chain.pop()
     known = all(
-        analysis.has(t) and not op.is_opaque
+        facts.has(t) and not op.is_opaque
         for op in chain
         for t in (op.inputs[0], op.outputs[0])
     )
     return chain[::-1] if len(chain) > 2 and known else None
 
 
-def _is_grid(analysis: Analysis, tensor: gs.Tensor, alive: np.ndarray) -> bool:
-    return not analysis.grid_gaps(tensor, alive).any()
+def _is_grid(facts: Facts, tensor: gs.Tensor, alive: np.ndarray) -> bool:
+    return not facts.grid_gaps(tensor, alive).any()
 
 
-def _permutation(analysis: Analysis, chain: list[Operator]) -> tuple[int, np.ndarray] | None:
+def _permutation(facts: Facts, chain: list[Operator]) -> tuple[int, np.ndarray] | None:
     """(axis, indices) if the chain as a whole gathers along one tracked axis."""
     source, result = chain[0].inputs[0], chain[-1].outputs[0]
-    if analysis.shape(source) != analysis.shape(result):
+    if facts.shape(source) != facts.shape(result):
         return None
-    layout = analysis.layouts.of[source.name]
+    layout = facts.layouts.of[source.name]
     tracked = [a for a, s in enumerate(layout.shape) if s > 1]
     if len(tracked) != 1:
         return None
     array = np.arange(layout.size).reshape(layout.shape)
     for op in chain:
-        array = op.move(analysis.layouts, [array])[0]
+        array = op.move(facts.layouts, [array])[0]
     if array.shape != layout.shape:
         return None
     # Untracked axes must have come through in their places.
-    if not _untracked_axes_stay(analysis, chain, tracked[0]):
+    if not _untracked_axes_stay(facts, chain, tracked[0]):
         return None
     return tracked[0], array.ravel()
 
 
-def _untracked_axes_stay(analysis: Analysis, chain: list[Operator], axis: int) -> bool:
+def _untracked_axes_stay(facts: Facts, chain: list[Operator], axis: int) -> bool:
     """Whether a chain moves no element along any axis but ``axis``."""
-    order: list[object] = list(range(len(analysis.shape(chain[0].inputs[0]))))
+    order: list[object] = list(range(len(facts.shape(chain[0].inputs[0]))))
     for op in chain:
         if op.node.op == "Transpose":
             perm = op.attrs.get("perm", list(range(len(order)))[::-1])
             order = [order[p] for p in perm]
             continue
-        source = analysis.shape(op.inputs[0])
+        source = facts.shape(op.inputs[0])
         new: list[object] = []
-        for before, after in op.blocks(analysis.layouts) or []:
+        for before, after in op.blocks(facts.layouts) or []:
             origins = {order[a] for a in before if source[a] != 1} or {None}
             if origins <= {axis}:
                 new += [axis] * len(after)
@@ -118,5 +118,5 @@ def _untracked_axes_stay(analysis: Analysis, chain: list[Operator], axis: int) -
                 return False
         order = new
     expected = list(range(len(order)))
-    sizes = analysis.shape(chain[-1].outputs[0])
+    sizes = facts.shape(chain[-1].outputs[0])
     return all(o == e or s == 1 for o, e, s in zip(order, expected, sizes, strict=True))

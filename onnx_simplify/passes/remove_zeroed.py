@@ -9,9 +9,9 @@ is needed.  Every tensor then drops the positions of dead labels:
 
 from __future__ import annotations
 
-from onnx_simplify.channels.analysis import Analysis
-from onnx_simplify.channels.cut import Cut
+from onnx_simplify.facts.facts import Facts
 from onnx_simplify.graph.model import Model
+from onnx_simplify.passes.cut import Cut
 from onnx_simplify.passes.regroup_shuffles import regroup_shuffles
 from onnx_simplify.planning.planner import Planner
 
@@ -26,16 +26,16 @@ def remove_zeroed(model: Model, planner: Planner) -> dict[int, int]:
     Returns:
         By ``id`` of a layer's node, how many dead output channels stay for alignment.
     """
-    analysis = Analysis(model)
-    alive = analysis.alive(analysis.needed)
-    if regroup_shuffles(analysis, alive):
-        analysis = Analysis(model)
-        alive = analysis.alive(analysis.needed)
-    closed, mergers = planner.close(analysis, alive)
-    aligned = closed & ~analysis.close(alive, free=mergers)
+    facts = Facts(model)
+    alive = facts.alive(facts.needed)
+    if regroup_shuffles(facts, alive):
+        facts = Facts(model)
+        alive = facts.alive(facts.needed)
+    closed, mergers = planner.close(facts, alive)
+    aligned = closed & ~facts.close(alive, free=mergers)
     found = {
-        id(product.node): int(aligned[product.channels(analysis)[1]].sum())
-        for product in analysis.contractions
+        id(product.node): int(aligned[product.channels(facts)[1]].sum())
+        for product in facts.contractions
     }
-    Cut(analysis, closed, mergers).apply()
+    Cut(facts, closed, mergers).apply()
     return found

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from onnx_simplify.channels.operators import contractions
-from onnx_simplify.channels.operators.linear import Linear
 from onnx_simplify.graph.edit import Editor
 from onnx_simplify.graph.model import Model
+from onnx_simplify.operators import contractions
+from onnx_simplify.operators.contraction import Contraction
 
 
 def zero_small(model: Model, threshold: float) -> dict[int, int]:
@@ -54,7 +54,7 @@ def thresholds(model: Model, largest: float) -> np.ndarray:
     return known[(known > 0) & (known <= largest)]
 
 
-def _sizes(model: Model) -> Iterator[tuple[Linear, np.ndarray]]:
+def _sizes(model: Model) -> Iterator[tuple[Contraction, np.ndarray]]:
     """Layers, and each output channel's largest weight relative to the layer's.
 
     The array has shape ``[groups, outputs per group]``.

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from onnx_simplify.channels.analysis import Analysis
-from onnx_simplify.channels.merge import Merger, can_move, filled_up
-from onnx_simplify.channels.operators import Operator
-from onnx_simplify.channels.operators.linear import Linear
+from onnx_simplify.facts.facts import Facts
+from onnx_simplify.operators import Operator
+from onnx_simplify.operators.contraction import Contraction
 from onnx_simplify.planning.costs import Layer, convolution, rounded
 from onnx_simplify.planning.layers import layer_of, layers_at
+from onnx_simplify.planning.merge import Merger, can_move, filled_up
 from onnx_simplify.planning.profiles import Profile
 
 # New groups have at most so many blocks of channels on either side.
@@ -19,14 +19,14 @@ _LARGEST = 8
 
 
 def merge_groups(
-    profile: Profile, analysis: Analysis, alive: np.ndarray
+    profile: Profile, facts: Facts, alive: np.ndarray
 ) -> dict[Operator, Merger]:
     """New groups for grouped convolutions, where they are faster than the trimmed old ones.
 
     Args:
         profile: the target.
-        analysis: the analysis.
-        alive: labels that are needed, before :meth:`Analysis.close`; not modified.
+        facts: what is known.
+        alive: labels that are needed, before :meth:`Facts.close`; not modified.
 
     Returns:
         By operator. The channels of a merger may not all be alive: dead ones fill it up.
@@ -35,19 +35,19 @@ def merge_groups(
     if not profile.rearranges_blocks:
         return found
     taken: set[int] = set()
-    for product in analysis.contractions:
+    for product in facts.contractions:
         if not product.regroups or product.is_quantized():
             continue
         groups, outputs, inputs = product.dims
         if groups == 1 or (outputs, inputs) == (1, 1):
             continue
-        source, result = product.channels(analysis)
+        source, result = product.channels(facts)
         labels = set(source.tolist()) | set(result.tolist())
         if taken & labels or set(source.tolist()) & set(result.tolist()):
             continue
-        merger = _best(profile, analysis, product, alive)
+        merger = _best(profile, facts, product, alive)
         if merger is not None and all(
-            can_move(analysis, s, {product}) for s in (source, result)
+            can_move(facts, s, {product}) for s in (source, result)
         ):
             found[product] = merger
             taken |= labels
@@ -55,16 +55,16 @@ def merge_groups(
 
 
 def _best(
-    profile: Profile, analysis: Analysis, product: Linear, alive: np.ndarray
+    profile: Profile, facts: Facts, product: Contraction, alive: np.ndarray
 ) -> Merger | None:
     """The cheapest merger, if it is cheaper than trimming all groups to the widest."""
-    layer = layer_of(product, analysis)
-    source, result = (s.reshape(layer.groups, -1) for s in product.channels(analysis))
+    layer = layer_of(product, facts)
+    source, result = (s.reshape(layer.groups, -1) for s in product.channels(facts))
     needs = np.stack([alive[source].sum(axis=1), alive[result].sum(axis=1)], axis=1)
     needs = needs[needs.any(axis=1)]
     if not len(needs):
         return None
-    makers, users = layers_at(analysis, source, 1, alive), layers_at(analysis, result, 0, alive)
+    makers, users = layers_at(facts, source, 1, alive), layers_at(facts, result, 0, alive)
 
     def cost(groups: int, inputs: int, outputs: int) -> float:
         own = Layer(groups, inputs, outputs, layer.taps, layer.positions)

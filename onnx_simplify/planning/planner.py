@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnx_simplify.channels.analysis import Analysis
-from onnx_simplify.channels.merge import Merger, is_placement
-from onnx_simplify.channels.operators import Operator
-from onnx_simplify.channels.operators.linear import Linear
+from onnx_simplify.facts.facts import Facts
+from onnx_simplify.operators import Operator
+from onnx_simplify.operators.contraction import Contraction
 from onnx_simplify.planning.costs import Layer, convolution, rounded
 from onnx_simplify.planning.grouping import merge_groups
 from onnx_simplify.planning.layers import layers_at
+from onnx_simplify.planning.merge import Merger, is_placement
 from onnx_simplify.planning.profiles import Profile
 from onnx_simplify.planning.streams import Operand, arrange, merge_placements
 
@@ -49,36 +49,36 @@ class Planner:
         """Plan for ``profile``."""
         self.profile = profile
 
-    def merge_groups(self, analysis: Analysis, alive: np.ndarray) -> dict[Operator, Merger]:
+    def merge_groups(self, facts: Facts, alive: np.ndarray) -> dict[Operator, Merger]:
         """New groups for convolutions where that is faster, see :func:`merge_groups`."""
-        return merge_groups(self.profile, analysis, alive)
+        return merge_groups(self.profile, facts, alive)
 
     def close(
-        self, analysis: Analysis, alive: np.ndarray
+        self, facts: Facts, alive: np.ndarray
     ) -> tuple[np.ndarray, dict[Operator, Merger]]:
-        """Decide which channels stay, see :meth:`Analysis.close`, and which groups merge.
+        """Decide which channels stay, see :meth:`Facts.close`, and which groups merge.
 
         Args:
-            analysis: the analysis.
+            facts: what is known.
             alive: labels that are needed; not modified.
 
         Returns:
             Labels that stay, and mergers by operator.
         """
-        mergers = self.merge_groups(analysis, alive)
-        mergers |= merge_placements(self.profile, analysis, alive)
+        mergers = self.merge_groups(facts, alive)
+        mergers |= merge_placements(self.profile, facts, alive)
         while True:
             closed = alive.copy()
             for merger in mergers.values():
                 closed[merger.sources] = closed[merger.results] = True
-            closed = analysis.close(closed, self.keep_for_alignment, mergers)
-            broken = [key for key, merger in mergers.items() if not merger.fits(analysis, closed)]
+            closed = facts.close(closed, self.keep_for_alignment, mergers)
+            broken = [key for key, merger in mergers.items() if not merger.fits(facts, closed)]
             if not broken:
                 return closed, mergers
             for key in broken:
                 del mergers[key]
 
-    def keep_for_alignment(self, op: Operator, analysis: Analysis, alive: np.ndarray) -> bool:
+    def keep_for_alignment(self, op: Operator, facts: Facts, alive: np.ndarray) -> bool:
         """Keep dead output channels of a convolution up to the next multiple.
 
         onnxruntime leaves its blocked kernels when a count is no multiple of four, which costs more
@@ -89,16 +89,16 @@ class Planner:
             Whether any label was revived in ``alive``.
         """
         if op.joins is not None:
-            return self._keep_for_concat(op, analysis, alive)
-        if self.profile.multiple < 2 or analysis.is_gone(op, alive):
+            return self._keep_for_concat(op, facts, alive)
+        if self.profile.multiple < 2 or facts.is_gone(op, alive):
             return False
-        return any([self._align(p, analysis, alive) for p in op.contractions if p.regroups])
+        return any([self._align(p, facts, alive) for p in op.contractions if p.regroups])
 
-    def _align(self, product: Linear, analysis: Analysis, alive: np.ndarray) -> bool:
+    def _align(self, product: Contraction, facts: Facts, alive: np.ndarray) -> bool:
         """Keep dead output channels of one convolution, see :meth:`keep_for_alignment`."""
         multiple = self.profile.multiple
         groups, *sizes = product.dims
-        labels = product.channels(analysis)[1]
+        labels = product.channels(facts)[1]
         if groups > 1 and sizes != [1, 1]:
             if not is_placement(product, grouped=True):
                 return False
@@ -114,7 +114,7 @@ class Planner:
         missing = -count % multiple
         block = self.profile.block
         if count < block <= labels.size and self.profile.pointwise_cost:
-            readers = layers_at(analysis, labels, 0, alive)
+            readers = layers_at(facts, labels, 0, alive)
             few, whole = (
                 sum(convolution(self.profile, layer.with_inputs(n)) for layer in readers)
                 for n in (count + missing, block)
@@ -123,7 +123,7 @@ class Planner:
                 missing = block - count
         return _revive(labels, missing, alive)
 
-    def _keep_for_concat(self, op: Operator, analysis: Analysis, alive: np.ndarray) -> bool:
+    def _keep_for_concat(self, op: Operator, facts: Facts, alive: np.ndarray) -> bool:
         """Keep dead channels where that lets all operands of a ``Concat`` be whole blocks.
 
         onnxruntime concatenates in its blocked layout then, and whatever comes behind stays in it.
@@ -131,15 +131,15 @@ class Planner:
         block = self.profile.block
         if not self.profile.rearranges_blocks or op.joins != 1:
             return False
-        users = analysis.readers.get(op.outputs[0].name, ())
+        users = facts.readers.get(op.outputs[0].name, ())
         if not all(user.node.op in _BLOCKED for user, _ in users):
             return False
         operands = []
         for tensor in op.inputs:
-            if not analysis.has(tensor) or len(analysis.shape(tensor)) != 4:
+            if not facts.has(tensor) or len(facts.shape(tensor)) != 4:
                 return False
-            labels = analysis.layouts.of[tensor.name].ravel()
-            if analysis.dead(tensor, alive):
+            labels = facts.layouts.of[tensor.name].ravel()
+            if facts.dead(tensor, alive):
                 continue
             operands.append((labels, int(alive[labels].sum())))
         wanted = [rounded(count, block) for _, count in operands]

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnx_simplify.channels.analysis import Analysis
-from onnx_simplify.channels.merge import Merger, can_move, filled_up, is_placement
-from onnx_simplify.channels.operators import Operator
-from onnx_simplify.channels.operators.linear import Linear
+from onnx_simplify.facts.facts import Facts
+from onnx_simplify.operators import Operator
+from onnx_simplify.operators.contraction import Contraction
 from onnx_simplify.planning.costs import Layer, convolution, rounded
 from onnx_simplify.planning.layers import layers_at
+from onnx_simplify.planning.merge import Merger, can_move, filled_up, is_placement
 from onnx_simplify.planning.profiles import Profile
 
 # Groups of a sum's channels have at most so many blocks.
@@ -185,14 +185,14 @@ def balance(needs: np.ndarray, groups: int, size: int, rooms: np.ndarray) -> np.
 
 
 def merge_placements(
-    profile: Profile, analysis: Analysis, alive: np.ndarray
+    profile: Profile, facts: Facts, alive: np.ndarray
 ) -> dict[Operator, Merger]:
     """New groups for 1x1 convolutions that only put channels in their places.
 
     Args:
         profile: the target.
-        analysis: the analysis.
-        alive: labels that are needed, before :meth:`Analysis.close`; not modified.
+        facts: what is known.
+        alive: labels that are needed, before :meth:`Facts.close`; not modified.
 
     Returns:
         By operator. The channels of a merger may not all be alive: dead ones fill it up.
@@ -200,37 +200,37 @@ def merge_placements(
     found: dict[Operator, Merger] = {}
     if not profile.rearranges_blocks:
         return found
-    streams: dict[bytes, list[Linear]] = {}
-    for product in analysis.contractions:
+    streams: dict[bytes, list[Contraction]] = {}
+    for product in facts.contractions:
         if product.regroups and is_placement(product):
-            streams.setdefault(product.channels(analysis)[1].tobytes(), []).append(product)
+            streams.setdefault(product.channels(facts)[1].tobytes(), []).append(product)
     for products in streams.values():
-        found |= _merge_stream(profile, analysis, alive, products)
+        found |= _merge_stream(profile, facts, alive, products)
     return found
 
 
 def _merge_stream(
-    profile: Profile, analysis: Analysis, alive: np.ndarray, products: list[Linear]
+    profile: Profile, facts: Facts, alive: np.ndarray, products: list[Contraction]
 ) -> dict[Operator, Merger]:
     """Mergers for the placements of one sum."""
-    result = products[0].channels(analysis)[1]
-    if not can_move(analysis, result, products):
+    result = products[0].channels(facts)[1]
+    if not can_move(facts, result, products):
         return {}
     stay = np.flatnonzero(alive[result])
     operands, places = [], []
     for product in products:
-        source = product.channels(analysis)[0]
-        makers = layers_at(analysis, source, 1, alive)
-        if not makers or not can_move(analysis, source, products):
+        source = product.channels(facts)[0]
+        makers = layers_at(facts, source, 1, alive)
+        if not makers or not can_move(facts, source, products):
             continue
         used = product.used[0] & alive[source]
         operands.append(
-            Operand(used.any(axis=1)[stay], makers[0], product.positions(analysis)[1])
+            Operand(used.any(axis=1)[stay], makers[0], product.positions(facts)[1])
         )
         places.append((product, source, used))
     if not operands:
         return {}
-    found = arrange(profile, operands, layers_at(analysis, result, 0, alive), result.size)
+    found = arrange(profile, operands, layers_at(facts, result, 0, alive), result.size)
     if found is None:
         return {}
     size = found.members.shape[1]

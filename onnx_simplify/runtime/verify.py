@@ -17,8 +17,8 @@ from functools import cached_property
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnx_simplify.channels.analysis import Analysis
 from onnx_simplify.errors import CannotVerifyError, RunError, first_line
+from onnx_simplify.facts.facts import Facts
 from onnx_simplify.graph.model import Model
 from onnx_simplify.graph.traits import COARSE
 from onnx_simplify.runtime.difference import (
@@ -535,7 +535,7 @@ class Inside:
     def _needed(self) -> dict[str, np.ndarray]:
         """Which channels of the simplified model's tensors its outputs depend on."""
         try:
-            return Analysis(self._simplified.copy()).needed
+            return Facts(self._simplified.copy()).needed
         except Exception:  # all of them then
             return {}
 

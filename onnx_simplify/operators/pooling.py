@@ -8,24 +8,22 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from onnx_simplify.channels.layouts import Layouts, Unsupported
-from onnx_simplify.channels.operators.base import (
-    Masks,
-    Operator,
+from onnx_simplify.channels.values import MAP, UNIFORM, VARYING, min_to
+from onnx_simplify.graph.shapes import Dim
+from onnx_simplify.operators.base import Masks, Operator
+from onnx_simplify.operators.nodes import (
     attr_ints,
     constant_input,
     constant_ints,
     has_input,
     is_computed,
     is_static,
-    min_to,
     windowed,
 )
-from onnx_simplify.channels.values import MAP, UNIFORM, VARYING
-from onnx_simplify.graph.shapes import Dim
 
 if TYPE_CHECKING:
-    from onnx_simplify.channels.analysis import Analysis
-    from onnx_simplify.channels.cut import Cut
+    from onnx_simplify.facts.facts import Facts
+    from onnx_simplify.passes.cut import Cut
 
 
 class Spatial(Operator):
@@ -39,13 +37,13 @@ class Spatial(Operator):
     channelwise = True
     averages = True
 
-    def keeps_uniform(self, analysis: Analysis) -> bool:
+    def keeps_uniform(self, facts: Facts) -> bool:
         """Whether a channel with one value everywhere comes out with one value everywhere."""
         return True
 
-    def spread_axes(self, analysis: Analysis) -> list[int]:
+    def spread_axes(self, facts: Facts) -> list[int]:
         """Axes along which constants come out as maps if :meth:`keeps_uniform` is false."""
-        return list(range(2, len(analysis.shape(self.inputs[0]))))
+        return list(range(2, len(facts.shape(self.inputs[0]))))
 
     def layout(self, layouts: Layouts) -> None:
         """The output has the channels of the input."""
@@ -57,20 +55,20 @@ class Spatial(Operator):
         channels = layouts.collapse(source, [a for a in range(source.ndim) if a != 1])
         layouts.set(self.outputs[0], channels)
 
-    def level(self, analysis: Analysis) -> Masks:
+    def level(self, facts: Facts) -> Masks:
         """Constants stay constant; as maps where positions differ and sizes are static."""
         source = self.inputs[0]
         level = min_to(
-            analysis.level[source.name], analysis.layouts.of[self.outputs[0].name].shape
+            facts.level[source.name], facts.layouts.of[self.outputs[0].name].shape
         )
-        output = analysis.shape(self.outputs[0])
+        output = facts.shape(self.outputs[0])
         if not is_static(output[2:]):
             level = np.where(level == MAP, VARYING, level)
-        if not self.keeps_uniform(analysis):
-            shapes = analysis.shape(source), analysis.shape(self.outputs[0])
-            axes = self.spread_axes(analysis)
+        if not self.keeps_uniform(facts):
+            shapes = facts.shape(source), facts.shape(self.outputs[0])
+            axes = self.spread_axes(facts)
             static = all(is_static(shape, axes) for shape in shapes)
-            zero = analysis.zero(source, analysis.layouts.of[source.name].shape)
+            zero = facts.zero(source, facts.layouts.of[source.name].shape)
             merged = tuple(a for a, size in enumerate(level.shape) if size == 1)
             zero = np.asarray(zero.all(axis=merged, keepdims=True)) & (level > VARYING)
             spread = np.minimum(level, MAP if static else VARYING)
@@ -81,21 +79,21 @@ class Spatial(Operator):
         """Whether a zero channel comes out as zero."""
         return True
 
-    def need(self, analysis: Analysis, outputs: Masks) -> Masks:
+    def need(self, facts: Facts, outputs: Masks) -> Masks:
         """Channel by channel."""
         assert outputs[0] is not None
-        shape = analysis.layouts.of[self.inputs[0].name].shape
-        return [np.broadcast_to(outputs[0], shape), *analysis.all_of(self.inputs[1:])]
+        shape = facts.layouts.of[self.inputs[0].name].shape
+        return [np.broadcast_to(outputs[0], shape), *facts.all_of(self.inputs[1:])]
 
-    def passed(self, analysis: Analysis, values: np.ndarray) -> np.ndarray | None:
+    def passed(self, facts: Facts, values: np.ndarray) -> np.ndarray | None:
         """Means, maxima and interpolations of equal numbers are that number."""
-        same = values.shape == analysis.layouts.of[self.outputs[0].name].shape
-        same &= self.node.op != "LpPool" and self.keeps_uniform(analysis)
+        same = values.shape == facts.layouts.of[self.outputs[0].name].shape
+        same &= self.node.op != "LpPool" and self.keeps_uniform(facts)
         return values if same else None
 
-    def wants_values(self, analysis: Analysis) -> list[int]:
+    def wants_values(self, facts: Facts) -> list[int]:
         """Zeros are special where padding brings in zeros."""
-        return [] if self.keeps_uniform(analysis) else [0]
+        return [] if self.keeps_uniform(facts) else [0]
 
 
 class GlobalPool(Spatial):
@@ -122,7 +120,7 @@ class AveragePool(Window):
     https://onnx.ai/onnx/operators/onnx__AveragePool.html
     """
 
-    def keeps_uniform(self, analysis: Analysis) -> bool:
+    def keeps_uniform(self, facts: Facts) -> bool:
         """Unless zeros of the padding take part."""
         padded = any(attr_ints(self.node, "pads", []))
         padded |= self.attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
@@ -152,9 +150,9 @@ class Resize(Spatial):
         # Before version 11 there was no region, and scales came second.
         return [k for k in range(len(self.inputs)) if k != 1 or not self._crops()]
 
-    def level(self, analysis: Analysis) -> Masks:
+    def level(self, facts: Facts) -> Masks:
         """What differs from place to place varies with scales that are computed."""
-        (level,) = super().level(analysis)
+        (level,) = super().level(facts)
         if level is not None and any(is_computed(self.node, k) for k in range(1, len(self.inputs))):
             level = np.where(level == MAP, VARYING, level)
         return [level]
@@ -164,7 +162,7 @@ class Resize(Spatial):
         mode = self.attrs.get("coordinate_transformation_mode")
         return bool(mode == "tf_crop_and_resize")
 
-    def keeps_uniform(self, analysis: Analysis) -> bool:
+    def keeps_uniform(self, facts: Facts) -> bool:
         """Interpolation weights sum to one, but not beyond the border of a crop."""
         return not self._crops()
 
@@ -224,12 +222,12 @@ class Pad(Operator):
             source = ids
         layouts.set(self.outputs[0], source)
 
-    def level(self, analysis: Analysis) -> Masks:
+    def level(self, facts: Facts) -> Masks:
         """Padding with another value makes a map of a constant; mirroring does not."""
         source = self.inputs[0]
-        level = analysis.level[source.name]
-        shape = analysis.layouts.of[self.outputs[0].name].shape
-        amounts = self.amounts(analysis.layouts)
+        level = facts.level[source.name]
+        shape = facts.layouts.of[self.outputs[0].name].shape
+        amounts = self.amounts(facts.layouts)
         axes = [
             a
             for a, s in enumerate(level.shape)
@@ -239,26 +237,26 @@ class Pad(Operator):
         if not known and axes:
             level = np.full(level.shape, VARYING, np.int8)
         elif self.attrs.get("mode", "constant") == "constant" and axes:
-            sizes = analysis.shape(source), analysis.shape(self.outputs[0])
+            sizes = facts.shape(source), facts.shape(self.outputs[0])
             static = all(is_static(s, axes) for s in sizes)
             same = np.zeros(level.shape, bool)
             value = constant_input(self.node, 2)
             plain = not has_input(self.node, 2) and self.attrs.get("value", 0.0) == 0
             if plain or (value is not None and value.size == 1 and value.ravel()[0] == 0):
-                same = analysis.zero(source, level.shape) & (level > VARYING)
+                same = facts.zero(source, level.shape) & (level > VARYING)
             level = np.where(same, level, np.minimum(level, MAP if static else VARYING))
         if level.shape != shape:
             width = [p if s > 1 else (0, 0) for p, s in zip(amounts, level.shape, strict=True)]
             level = np.pad(level, width, constant_values=UNIFORM if known else VARYING)
         return [level]
 
-    def need(self, analysis: Analysis, outputs: Masks) -> Masks:
+    def need(self, facts: Facts, outputs: Masks) -> Masks:
         """Channel by channel."""
         wanted = outputs[0]
         assert wanted is not None
         source = self.inputs[0]
-        shape = analysis.layouts.of[source.name].shape
-        amounts = self.amounts(analysis.layouts)
+        shape = facts.layouts.of[source.name].shape
+        amounts = self.amounts(facts.layouts)
         if wanted.shape != shape:
             wanted = wanted[
                 tuple(
@@ -266,9 +264,9 @@ class Pad(Operator):
                     for (before, _), size in zip(amounts, shape, strict=True)
                 )
             ]
-        return [wanted, *analysis.all_of(self.inputs[1:])]
+        return [wanted, *facts.all_of(self.inputs[1:])]
 
-    def wants_values(self, analysis: Analysis) -> list[int]:
+    def wants_values(self, facts: Facts) -> list[int]:
         """Zeros padded with zeros stay uniform."""
         return [0]
 
@@ -307,32 +305,32 @@ class Reduce(Operator):
             return array
         return array.squeeze(tuple(self.axes(layouts)))
 
-    def level(self, analysis: Analysis) -> Masks:
+    def level(self, facts: Facts) -> Masks:
         """Means and extrema keep constants; sums count positions, so sizes must be static."""
-        level = analysis.level[self.inputs[0].name]
-        axes = self.axes(analysis.layouts)
+        level = facts.level[self.inputs[0].name]
+        axes = self.axes(facts.layouts)
         free = self.node.op in ("ReduceMean", "ReduceMax", "ReduceMin")
-        if not free and not is_static(analysis.shape(self.inputs[0]), axes):
-            shape = analysis.layouts.of[self.inputs[0].name].shape
-            zero = analysis.zero(self.inputs[0], shape) & (self.node.op in _ZERO_REDUCTIONS)
+        if not free and not is_static(facts.shape(self.inputs[0]), axes):
+            shape = facts.layouts.of[self.inputs[0].name].shape
+            zero = facts.zero(self.inputs[0], shape) & (self.node.op in _ZERO_REDUCTIONS)
             level = np.where(zero & (level > VARYING), level, VARYING)
-        return [self._fit(analysis.layouts, level)]
+        return [self._fit(facts.layouts, level)]
 
-    def passed(self, analysis: Analysis, values: np.ndarray) -> np.ndarray | None:
+    def passed(self, facts: Facts, values: np.ndarray) -> np.ndarray | None:
         """Means and extrema of equal numbers are that number."""
         if self.node.op not in ("ReduceMean", "ReduceMax", "ReduceMin"):
             return None
-        return self._fit(analysis.layouts, values)
+        return self._fit(facts.layouts, values)
 
-    def wants_values(self, analysis: Analysis) -> list[int]:
+    def wants_values(self, facts: Facts) -> list[int]:
         """Zeros add up to zero, however many."""
         return [0] if self.node.op in _ZERO_REDUCTIONS else []
 
-    def need(self, analysis: Analysis, outputs: Masks) -> Masks:
+    def need(self, facts: Facts, outputs: Masks) -> Masks:
         """Channel by channel."""
         assert outputs[0] is not None
-        shape = analysis.layouts.of[self.inputs[0].name].shape
-        return [outputs[0].reshape(shape), *analysis.all_of(self.inputs[1:])]
+        shape = facts.layouts.of[self.inputs[0].name].shape
+        return [outputs[0].reshape(shape), *facts.all_of(self.inputs[1:])]
 
 
 _ZERO_REDUCTIONS = frozenset({"ReduceSum", "ReduceL1", "ReduceL2", "ReduceSumSquare"})

@@ -15,31 +15,28 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.layouts import Layouts, Unsupported
-from onnx_simplify.channels.operators.base import (
-    Masks,
-    Operator,
-    attr_ints,
-    constant_input,
-    constant_shape,
-    has_input,
-    is_static,
-    min_to,
-    windowed,
-)
-from onnx_simplify.channels.values import MAP, UNIFORM, VARYING
+from onnx_simplify.channels.values import MAP, UNIFORM, VARYING, min_to
 from onnx_simplify.graph.edit import Values, ZeroedSlices
 from onnx_simplify.graph.patterns import Form
 from onnx_simplify.graph.quantized import QuantizedConstant
-from onnx_simplify.graph.shapes import Dim
+from onnx_simplify.operators.base import Masks, Operator
+from onnx_simplify.operators.nodes import (
+    constant_input,
+    has_input,
+    is_static,
+)
 
 if TYPE_CHECKING:
-    from onnx_simplify.channels.analysis import Analysis
-    from onnx_simplify.channels.cut import Cut
+    from onnx_simplify.facts.facts import Facts
+    from onnx_simplify.passes.cut import Cut
 
 
 # Elements of a weight that are looked at together, and rows that are looked at first.
 _PIECE = 1 << 22
+
+
 _FIRST = 32
+
 
 Put = Callable[[gs.Node, int, Values], None]
 
@@ -65,14 +62,14 @@ class Wiring:
     axis_out: int
 
 
-class Linear(Operator):
+class Contraction(Operator):
     """Common rules; subclasses say how their weights map to the canonical form."""
 
     regroups = False
     """Whether the weights may be brought into other groups."""
 
     @property
-    def contractions(self) -> Sequence[Linear]:
+    def contractions(self) -> Sequence[Contraction]:
         """The only one."""
         return (self,)
 
@@ -101,9 +98,9 @@ class Linear(Operator):
         """Axes along which a uniform non-zero input does not give a uniform output."""
         return []
 
-    def is_static(self, analysis: Analysis) -> bool:
+    def is_static(self, facts: Facts) -> bool:
         """Whether sizes along :meth:`spread_axes` are static, so that a map may be used."""
-        return is_static(analysis.shape(self.inputs[0]), self.spread_axes())
+        return is_static(facts.shape(self.inputs[0]), self.spread_axes())
 
     def weights(self) -> np.ndarray:
         """The canonical weights of the node."""
@@ -290,11 +287,11 @@ class Linear(Operator):
             first = np.take(first, [0], axis)
         return first.ravel()
 
-    def input_level(self, analysis: Analysis) -> np.ndarray:
+    def input_level(self, facts: Facts) -> np.ndarray:
         """Level of each input channel, shape ``(inputs,)``."""
         wiring = self.wiring
         tensor = self.inputs[wiring.data]
-        level = analysis.level[tensor.name]
+        level = facts.level[tensor.name]
         shape = [s if a == wiring.axis_in % level.ndim else 1 for a, s in enumerate(level.shape)]
         return self._expand(min_to(level, tuple(shape)).ravel())
 
@@ -302,18 +299,18 @@ class Linear(Operator):
         groups, _, inputs = self.dims
         return flat if flat.size == groups * inputs else np.repeat(flat, groups * inputs)
 
-    def input_zero(self, analysis: Analysis) -> np.ndarray:
+    def input_zero(self, facts: Facts) -> np.ndarray:
         """Which input channels are constant zero (optimistic before measuring)."""
         tensor = self.inputs[self.wiring.data]
         wiring = self.wiring
-        zero = analysis.zero(tensor, analysis.layouts.of[tensor.name].shape)
+        zero = facts.zero(tensor, facts.layouts.of[tensor.name].shape)
         axes = tuple(a for a in range(zero.ndim) if a != wiring.axis_in % zero.ndim)
         return self._expand(zero.all(axis=axes).ravel())
 
-    def input_values(self, analysis: Analysis) -> np.ndarray:
+    def input_values(self, facts: Facts) -> np.ndarray:
         """The constant of each uniform input channel, NaN elsewhere (float64 ``(inputs,)``)."""
         wiring = self.wiring
-        value = analysis.scalar(self.inputs[wiring.data])
+        value = facts.scalar(self.inputs[wiring.data])
         axes = tuple(a for a in range(value.ndim) if a != wiring.axis_in % value.ndim)
         first = value.min(axis=axes)
         return self._expand(np.where(first == value.max(axis=axes), first, np.nan))
@@ -322,15 +319,15 @@ class Linear(Operator):
         """The smallest size of the input along an axis for which there is an output."""
         return 1
 
-    def level(self, analysis: Analysis) -> Masks:
+    def level(self, facts: Facts) -> Masks:
         """An output is constant when every input it really reads is."""
         used = self.used
         groups, outputs, inputs = used.shape
-        shape = analysis.layouts.of[self.outputs[0].name].shape
-        level = self.input_level(analysis)
+        shape = facts.layouts.of[self.outputs[0].name].shape
+        level = self.input_level(facts)
         if self.spread_axes():
-            zero = self.input_zero(analysis) & (level > VARYING)
-            worst = MAP if self.is_static(analysis) else VARYING
+            zero = self.input_zero(facts) & (level > VARYING)
+            worst = MAP if self.is_static(facts) else VARYING
             level = np.where(zero, UNIFORM, np.minimum(level, worst))
         level = level.reshape(groups, inputs)
         weakest = np.full((groups, outputs), UNIFORM, np.int8)
@@ -355,7 +352,7 @@ class Linear(Operator):
         index = self.wiring.bias
         return None if index is None else constant_input(self.node, index)
 
-    def need(self, analysis: Analysis, outputs: Masks) -> Masks:
+    def need(self, facts: Facts, outputs: Masks) -> Masks:
         """The inputs with a non-zero weight to a needed output."""
         wanted = outputs[0]
         assert wanted is not None
@@ -364,7 +361,7 @@ class Linear(Operator):
         rows = np.broadcast_to(wanted.ravel(), groups * count).reshape(groups, count)
         columns = np.stack([_any_along(u, r) for u, r in zip(used, rows, strict=True)])
         wiring = self.wiring
-        shape = analysis.layouts.of[self.inputs[wiring.data].name].shape
+        shape = facts.layouts.of[self.inputs[wiring.data].name].shape
         axis = wiring.axis_in % len(shape)
         mask = columns.ravel() if shape[axis] > 1 else np.array([columns.any()])
         mask = mask.reshape([-1 if a == axis else 1 for a in range(len(shape))])
@@ -372,18 +369,18 @@ class Linear(Operator):
         found[wiring.data] = np.broadcast_to(mask, shape)
         return found
 
-    def channels(self, analysis: Analysis) -> tuple[np.ndarray, np.ndarray]:
+    def channels(self, facts: Facts) -> tuple[np.ndarray, np.ndarray]:
         """Labels of the input and output channels, each one-dimensional."""
         wiring = self.wiring
-        source = self._flat(analysis.layouts.of[self.inputs[wiring.data].name], wiring)
-        return self._expand(source), analysis.layouts.of[self.outputs[0].name].ravel()
+        source = self._flat(facts.layouts.of[self.inputs[wiring.data].name], wiring)
+        return self._expand(source), facts.layouts.of[self.outputs[0].name].ravel()
 
-    def constrain(self, analysis: Analysis, alive: np.ndarray) -> bool:
+    def constrain(self, facts: Facts, alive: np.ndarray) -> bool:
         """Groups that stay have equally many channels."""
         groups, outputs, inputs = self.used.shape
         if groups == 1:
             return False
-        source, result = self.channels(analysis)
+        source, result = self.channels(facts)
         changed = False
         ins = alive[source].reshape(groups, inputs)
         outs = alive[result].reshape(groups, outputs)
@@ -401,7 +398,7 @@ class Linear(Operator):
         """Slice the weight and the bias; drop groups that are gone."""
         wiring = self.wiring
         groups, outputs, inputs = self.dims
-        source, result = self.channels(cut.analysis)
+        source, result = self.channels(cut.facts)
         ins, outs = cut.stay(source), cut.stay(result)
         merger = cut.mergers.get(self)
         if merger is None and _is_all(ins, source.size) and _is_all(outs, result.size):
@@ -435,24 +432,24 @@ class Linear(Operator):
         found[of_row != of_column] = 0
         return found
 
-    def may_reorder(self, analysis: Analysis) -> bool:
+    def may_reorder(self, facts: Facts) -> bool:
         """Rows and columns of the weights go along, unless groups hold several of them.
 
         Those of a depthwise convolution only if its inputs do, too.
         """
         if int(self.attrs.get("group", 1)) == 1:
             return True
-        source, result = self.channels(analysis)
+        source, result = self.channels(facts)
         return self.dims[1:] == (1, 1) and np.array_equal(source, result)
 
     def shrink_bias(self, cut: Cut, index: int, keep: np.ndarray) -> None:
         """Take some elements of the bias, a vector."""
         cut.slice(self.node, index, {0: keep})
 
-    def wants_values(self, analysis: Analysis) -> list[int]:
+    def wants_values(self, facts: Facts) -> list[int]:
         """The data input, where any of it may be constant."""
         wiring = self.wiring
-        level = analysis.level.get(self.inputs[wiring.data].name)
+        level = facts.level.get(self.inputs[wiring.data].name)
         return [wiring.data] if level is not None and (level > VARYING).any() else []
 
     def add_bias(self, shift: np.ndarray, put: Put) -> bool:
@@ -535,13 +532,13 @@ class Linear(Operator):
         groups, outputs, inputs = self.dims
         return int(np.prod(weight.shape)) // max(groups * outputs * inputs, 1)
 
-    def positions(self, analysis: Analysis) -> tuple[int, int]:
+    def positions(self, facts: Facts) -> tuple[int, int]:
         """Positions in space of the input and the output, as far as sizes are known."""
         wiring = self.wiring
         found = []
         ends = (self.inputs[wiring.data], wiring.axis_in), (self.outputs[0], wiring.axis_out)
         for tensor, axis in ends:
-            shape = analysis.shape(tensor)
+            shape = facts.shape(tensor)
             space = [d for k, d in enumerate(shape) if k > axis % len(shape) and isinstance(d, int)]
             found.append(int(np.prod(space)))
         return found[0], found[1]
@@ -552,197 +549,6 @@ class Linear(Operator):
         output = shapes[self.outputs[0].name]
         positions = int(np.prod(output)) // max(output[wiring.axis_out], 1)
         return positions * int(np.prod(self.inputs[wiring.weight].shape))
-
-
-def _convolution_wiring(node: gs.Node) -> Wiring:
-    """Data, weight and bias in this order, channels on axis 1."""
-    if len(constant_shape(node, 1)) < 3:
-        raise Unsupported("weight is not an initializer")
-    return Wiring(0, 1, 2, int(node.attrs.get("group", 1)), 1, 1)
-
-
-class Convolution(Linear):
-    """``Conv``: weight ``[O, I/group, *kernel]``; zero padding turns constants into maps.
-
-    https://onnx.ai/onnx/operators/onnx__Conv.html
-    """
-
-    regroups = True
-
-    @cached_property
-    def wiring(self) -> Wiring:
-        """Input 0 and weight 1, channels on axis 1."""
-        return _convolution_wiring(self.node)
-
-    def to_canonical(self, weight: np.ndarray) -> np.ndarray:
-        """Split the outputs by group."""
-        groups = int(self.attrs.get("group", 1))
-        return weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
-
-    def from_canonical(self, weight: np.ndarray) -> np.ndarray:
-        """Join the groups' outputs."""
-        return weight.reshape(-1, *weight.shape[2:])
-
-    def sizes(self, layouts: Layouts) -> list[Dim | None] | None:
-        """Sizes stay where padding makes up for the window."""
-        source, weight = layouts.shape(self.inputs[0]), constant_shape(self.node, 1)
-        if len(weight) != len(source):
-            return None
-        return [source[0], weight[0], *windowed(self.node, source[2:], weight[2:])]
-
-    def spread_axes(self) -> list[int]:
-        """Axes along which the window may reach over the border."""
-        rank = len(self.inputs[1].shape) - 2
-        pads = attr_ints(self.node, "pads", [0] * 2 * rank)
-        auto = self.attrs.get("auto_pad", "NOTSET")
-        kernel = self.inputs[1].shape[2:]
-        if auto in ("SAME_UPPER", "SAME_LOWER"):
-            return [a + 2 for a in range(rank) if kernel[a] > 1]
-        if auto == "VALID":
-            return []
-        return [a + 2 for a in range(rank) if pads[a] or pads[a + rank]]
-
-    def window(self, axis: int) -> int:
-        """The reach of the dilated kernel along a spatial axis."""
-        if axis < 2:
-            return 1
-        kernel = self.inputs[1].shape[axis]
-        dilations = attr_ints(self.node, "dilations", [1] * (len(self.inputs[1].shape) - 2))
-        return int((kernel - 1) * dilations[axis - 2] + 1)
-
-
-class TransposedConvolution(Linear):
-    """``ConvTranspose``: weight ``[I, O/group, *kernel]``; constants become maps.
-
-    https://onnx.ai/onnx/operators/onnx__ConvTranspose.html
-    """
-
-    @cached_property
-    def wiring(self) -> Wiring:
-        """Input 0 and weight 1, channels on axis 1."""
-        return _convolution_wiring(self.node)
-
-    def to_canonical(self, weight: np.ndarray) -> np.ndarray:
-        """Split the inputs by group and put outputs first."""
-        groups = int(self.attrs.get("group", 1))
-        split = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
-        return split.swapaxes(1, 2)
-
-    def from_canonical(self, weight: np.ndarray) -> np.ndarray:
-        """Inverse."""
-        weight = weight.swapaxes(1, 2)
-        return weight.reshape(-1, *weight.shape[2:])
-
-    def macs(self, shapes: dict[str, list[int]]) -> int:
-        """One multiply-accumulate per weight and *input* position."""
-        source = shapes[self.inputs[0].name]
-        positions = int(np.prod(source)) // max(source[1], 1)
-        return positions * int(np.prod(self.inputs[1].shape))
-
-    def column_axis(self) -> int:
-        """Inputs come first."""
-        return 0
-
-    def spread_axes(self) -> list[int]:
-        """Each output position sees another part of the kernel."""
-        return list(range(2, len(self.inputs[1].shape)))
-
-
-class Gemm(Linear):
-    """``Gemm`` with constant B: ``alpha * A' * B' + beta * C``.
-
-    https://onnx.ai/onnx/operators/onnx__Gemm.html
-    """
-
-    @cached_property
-    def wiring(self) -> Wiring:
-        """A on input 0, B on input 1."""
-        if len(constant_shape(self.node, 1)) != 2:
-            raise Unsupported("B is not an initializer")
-        return Wiring(0, 1, 2, 1, 0 if self.attrs.get("transA", 0) else 1, 1)
-
-    def to_canonical(self, weight: np.ndarray) -> np.ndarray:
-        """Outputs first."""
-        return (weight if self.attrs.get("transB", 0) else weight.T)[None]
-
-    def from_canonical(self, weight: np.ndarray) -> np.ndarray:
-        """Inverse."""
-        return weight[0] if self.attrs.get("transB", 0) else weight[0].T
-
-    def column_axis(self) -> int:
-        """The axis that is contracted."""
-        return 1 if self.attrs.get("transB", 0) else 0
-
-    def shrink_bias(self, cut: Cut, index: int, keep: np.ndarray) -> None:
-        """Take positions of C along its last axis unless it is broadcast there."""
-        shape = self.inputs[index].shape
-        if len(shape) and shape[-1] > 1:
-            cut.slice(self.node, index, {len(shape) - 1: keep})
-
-    def add_bias(self, shift: np.ndarray, put: Put) -> bool:
-        """C takes ``shift / beta``, broadcast if need be."""
-        beta = self.bias_scale()
-        if not has_input(self.node, 2) or beta == 0:
-            self.attrs["beta"] = 1.0
-            put(self.node, 2, shift.astype(self.inputs[1].dtype))
-            return True
-        return super().add_bias(shift / beta, put)
-
-    def scale(self) -> float:
-        """The factor alpha in front of the product."""
-        return float(self.attrs.get("alpha", 1.0))
-
-    def bias_scale(self) -> float:
-        """The factor beta in front of C."""
-        return float(self.attrs.get("beta", 1.0))
-
-
-class MatMul(Linear):
-    """``MatMul`` with a constant matrix on either side.
-
-    https://onnx.ai/onnx/operators/onnx__MatMul.html
-    """
-
-    @cached_property
-    def wiring(self) -> Wiring:
-        """The constant side is the weight; channels are on the contracted axis."""
-        for weight, data, axis in ((1, 0, -1), (0, 1, -2)):
-            matrix = self.inputs[weight]
-            other = self.inputs[data]
-            if isinstance(matrix, gs.Constant) and not isinstance(other, gs.Constant):
-                if len(matrix.shape) != 2 or other.shape is None or len(other.shape) < 2:
-                    break
-                return Wiring(data, weight, None, 1, axis, axis)
-        raise Unsupported("no operand is a constant matrix")
-
-    def to_canonical(self, weight: np.ndarray) -> np.ndarray:
-        """Outputs first."""
-        return (weight.T if self.wiring.weight == 1 else weight)[None]
-
-    def from_canonical(self, weight: np.ndarray) -> np.ndarray:
-        """Inverse."""
-        return weight[0].T if self.wiring.weight == 1 else weight[0]
-
-    def column_axis(self) -> int:
-        """The axis that is contracted."""
-        return 0 if self.wiring.weight == 1 else 1
-
-    def layout(self, layouts: Layouts) -> None:
-        """As any linear operator, with the axes counted from the end."""
-        wiring = self.wiring
-        source = layouts(self.inputs[wiring.data])
-        shape = layouts.shape(self.inputs[wiring.data])
-        _, outputs, inputs = self.dims
-        if shape[wiring.axis_in] != inputs:
-            raise Unsupported("number of input channels is not known to match the weight")
-        self.check_scales()
-        axis = wiring.axis_in % source.ndim
-        result = layouts.fresh(outputs)
-        layouts.collapse(source, [a for a in range(source.ndim) if a != axis])
-        layouts.set(
-            self.outputs[0],
-            result.reshape([outputs if a == axis else 1 for a in range(source.ndim)]),
-        )
 
 
 def _is_all(index: np.ndarray, size: int) -> bool:

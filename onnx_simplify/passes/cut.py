@@ -7,45 +7,45 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnx_simplify.channels.analysis import Analysis
-from onnx_simplify.channels.merge import Merger
-from onnx_simplify.channels.operators import Operator
+from onnx_simplify.facts.facts import Facts
 from onnx_simplify.graph.edit import Editor, compress, drop_unused, label, set_input
 from onnx_simplify.graph.model import Model
+from onnx_simplify.operators import Operator
+from onnx_simplify.planning.merge import Merger
 
 
 class Cut:
     """One removal of channels, and what operators need to rewrite their nodes for it.
 
     Attributes:
-        analysis: the analysis the removal is based on.
-        alive: which labels stay, bool ``(labels,)``, closed under :meth:`Analysis.close`.
+        facts: what is known.
+        alive: which labels stay, bool ``(labels,)``, closed under :meth:`Facts.close`.
         mergers: how groups of convolutions are merged.
         model: the model being rewritten.
     """
 
     def __init__(
         self,
-        analysis: Analysis,
+        facts: Facts,
         alive: np.ndarray,
         mergers: Mapping[Operator, Merger] | None = None,
     ):
         """Plan a removal; :meth:`apply` carries it out."""
-        self.analysis = analysis
+        self.facts = facts
         self.alive = alive
         self.mergers = mergers or {}
         self._rank = np.zeros(alive.size, np.int64)
         for merger in self.mergers.values():
             for labels in (merger.sources, merger.results):
                 self._rank[labels] = np.arange(labels.size)
-        self.model: Model = analysis.model
-        self._editor = Editor(self.model, analysis.layouts.readers)
+        self.model: Model = facts.model
+        self._editor = Editor(self.model, facts.layouts.readers)
         self._kept: dict[str, dict[int, np.ndarray]] = {}
 
     def apply(self) -> None:
         """Rewrite all nodes, in place."""
-        for op in self.analysis.operators:
-            if not self.analysis.is_gone(op, self.alive):
+        for op in self.facts.operators:
+            if not self.facts.is_gone(op, self.alive):
                 op.shrink(self)
         for tensor in self.model.graph.tensors().values():
             for axis, mask in self.kept(tensor).items():
@@ -55,12 +55,12 @@ class Cut:
 
     def kept(self, tensor: gs.Tensor) -> dict[int, np.ndarray]:
         """For each axis along which positions leave, which ones stay (bool ``(size,)``)."""
-        if not self.analysis.has(tensor):
+        if not self.facts.has(tensor):
             return {}
         found = self._kept.get(tensor.name)
         if found is None:
             found = {}
-            mask = self.alive[self.analysis.layouts.of[tensor.name]]
+            mask = self.alive[self.facts.layouts.of[tensor.name]]
             if not mask.all():
                 for axis in range(mask.ndim):
                     others = tuple(k for k in range(mask.ndim) if k != axis)
@@ -80,10 +80,10 @@ class Cut:
 
         Axes of channels that move hold no other ones: see :func:`can_move`.
         """
-        if not self.analysis.has(tensor):
+        if not self.facts.has(tensor):
             return {}
         found = {axis: np.flatnonzero(mask) for axis, mask in self.kept(tensor).items()}
-        layout = self.analysis.layouts.of[tensor.name]
+        layout = self.facts.layouts.of[tensor.name]
         if self._rank[layout].any():
             found[int(np.argmax(layout.shape))] = self.stay(layout.ravel())
         return found
@@ -129,7 +129,7 @@ class Cut:
         self, node: gs.Node, vector: gs.Tensor, entries: Mapping[int, int], result: gs.Tensor
     ) -> gs.Node:
         """``Where(mask, new, vector)``, on behalf of ``node``."""
-        size = self.analysis.shape(vector)[0]
+        size = self.facts.shape(vector)[0]
         assert isinstance(size, int)
         mask = np.zeros(size, bool)
         new = np.zeros(size, np.int64)

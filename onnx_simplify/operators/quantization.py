@@ -8,13 +8,13 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.layouts import Layouts, Unsupported
-from onnx_simplify.channels.operators.base import Masks, Operator
 from onnx_simplify.channels.values import MAP
 from onnx_simplify.graph.shapes import Dim
+from onnx_simplify.operators.base import Masks, Operator
 
 if TYPE_CHECKING:
-    from onnx_simplify.channels.analysis import Analysis
-    from onnx_simplify.channels.cut import Cut
+    from onnx_simplify.facts.facts import Facts
+    from onnx_simplify.passes.cut import Cut
 
 
 class Quantization(Operator):
@@ -50,22 +50,22 @@ class Quantization(Operator):
                 raise Unsupported("scales do not fit the channels")
         layouts.set(self.outputs[0], source)
 
-    def level(self, analysis: Analysis) -> Masks:
+    def level(self, facts: Facts) -> Masks:
         """Constants stay constant; not uniform if scales differ within a channel."""
-        level = analysis.level[self.inputs[0].name]
+        level = facts.level[self.inputs[0].name]
         axis = self.axis(level.ndim)
         if axis is not None and level.shape[axis] == 1:
             level = np.minimum(level, MAP)
         return [level]
 
-    def need(self, analysis: Analysis, outputs: Masks) -> Masks:
+    def need(self, facts: Facts, outputs: Masks) -> Masks:
         """Channel by channel."""
         return [outputs[0]]
 
     def shrink(self, cut: Cut) -> None:
         """Slice scales and zero points."""
         taken = cut.taken(self.outputs[0])
-        axis = self.axis(len(cut.analysis.shape(self.inputs[0])))
+        axis = self.axis(len(cut.facts.shape(self.inputs[0])))
         if axis is not None and axis in taken:
             for index, tensor in enumerate(self.inputs[1:], 1):
                 if tensor.name:

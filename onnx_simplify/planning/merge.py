@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnx_simplify.channels.analysis import Analysis
-from onnx_simplify.channels.operators import Operator
-from onnx_simplify.channels.operators.linear import Linear
+from onnx_simplify.facts.facts import Facts
+from onnx_simplify.operators import Operator
+from onnx_simplify.operators.contraction import Contraction
 
 
 @dataclass(frozen=True)
@@ -32,35 +32,35 @@ class Merger:
         results: labels of the output channels that stay, group by group.
     """
 
-    product: Linear
+    product: Contraction
     groups: int
     sources: np.ndarray
     results: np.ndarray
 
-    def fits(self, analysis: Analysis, alive: np.ndarray) -> bool:
+    def fits(self, facts: Facts, alive: np.ndarray) -> bool:
         """Whether exactly these channels of the convolution are alive."""
-        source, result = (int(alive[s].sum()) for s in self.product.channels(analysis))
+        source, result = (int(alive[s].sum()) for s in self.product.channels(facts))
         return (source, result) == (self.sources.size, self.results.size)
 
 
-def can_move(analysis: Analysis, labels: np.ndarray, free: Collection[Operator] = ()) -> bool:
+def can_move(facts: Facts, labels: np.ndarray, free: Collection[Operator] = ()) -> bool:
     """Whether channels may be put into any order.
 
     That is, whether every tensor that has any of them has each of them once, along one axis, has no
     others, and is touched by operators only that treat channels alike.
 
     Args:
-        analysis: the analysis.
+        facts: what is known.
         labels: the channels.
         free: operators that take them in any order, because they get new groups.
     """
-    if np.unique(labels).size != labels.size or analysis.layouts.frozen[labels].any():
+    if np.unique(labels).size != labels.size or facts.layouts.frozen[labels].any():
         return False
-    among = np.zeros(analysis.layouts.frozen.size, bool)
+    among = np.zeros(facts.layouts.frozen.size, bool)
     among[labels] = True
     touching: set[Operator] = set()
-    for name in analysis.tensors_with(labels):
-        layout = analysis.layouts.of[name]
+    for name in facts.tensors_with(labels):
+        layout = facts.layouts.of[name]
         found = among[layout]
         if not found.any():
             continue
@@ -68,10 +68,10 @@ def can_move(analysis: Analysis, labels: np.ndarray, free: Collection[Operator] 
             return False
         if not np.array_equal(layout.ravel(), labels):
             return False
-        if name in analysis.producer:
-            touching.add(analysis.producer[name])
-        touching.update(op for op, _ in analysis.readers.get(name, ()))
-    return all(op in free or op.may_reorder(analysis) for op in touching)
+        if name in facts.producer:
+            touching.add(facts.producer[name])
+        touching.update(op for op, _ in facts.readers.get(name, ()))
+    return all(op in free or op.may_reorder(facts) for op in touching)
 
 
 def filled_up(groups: Sequence[np.ndarray], size: int, spare: np.ndarray) -> np.ndarray:
@@ -83,7 +83,7 @@ def filled_up(groups: Sequence[np.ndarray], size: int, spare: np.ndarray) -> np.
     return np.concatenate(found)
 
 
-def is_placement(product: Linear, *, grouped: bool = False) -> bool:
+def is_placement(product: Contraction, *, grouped: bool = False) -> bool:
     """Whether every input channel goes to one place at most, and one to each.
 
     Args:

@@ -10,17 +10,21 @@ from collections.abc import Iterator
 
 import onnx_graphsurgeon as gs
 
-from onnx_simplify.channels.operators import (
-    elementwise,
-    linear,
-    quantization,
-    spatial,
-    structural,
-)
-from onnx_simplify.channels.operators.base import Operator, Shape
-from onnx_simplify.channels.operators.linear import Linear
 from onnx_simplify.graph.model import Model
 from onnx_simplify.graph.patterns import Patterns
+from onnx_simplify.operators import (
+    convolution,
+    elementwise,
+    matrix,
+    movement,
+    normalization,
+    pooling,
+    quantization,
+    selection,
+    sizes,
+)
+from onnx_simplify.operators.base import Operator
+from onnx_simplify.operators.contraction import Contraction
 
 __all__ = ["Operator", "bind", "contractions", "lookup", "register"]
 
@@ -50,7 +54,7 @@ def bind(node: gs.Node, patterns: Patterns | None = None) -> Operator:
     return lookup(node)(node, patterns)
 
 
-def contractions(model: Model) -> Iterator[Linear]:
+def contractions(model: Model) -> Iterator[Contraction]:
     """The products with constant weights that a model forms, in execution order.
 
     Whether the channels of all of them can be followed is another matter.
@@ -63,28 +67,28 @@ def contractions(model: Model) -> Iterator[Linear]:
 
 register(elementwise.Elementwise, *elementwise.NAMES)
 register(elementwise.Dropout, "Dropout")
-register(elementwise.ChannelAffine, "BatchNormalization")
-register(elementwise.InstanceNormalization, "InstanceNormalization")
-register(linear.Convolution, "Conv")
-register(linear.TransposedConvolution, "ConvTranspose")
-register(linear.Gemm, "Gemm")
-register(linear.MatMul, "MatMul")
+register(normalization.ChannelAffine, "BatchNormalization")
+register(normalization.InstanceNormalization, "InstanceNormalization")
+register(convolution.Convolution, "Conv")
+register(convolution.TransposedConvolution, "ConvTranspose")
+register(matrix.Gemm, "Gemm")
+register(matrix.MatMul, "MatMul")
 register(quantization.Quantization, "QuantizeLinear", "DequantizeLinear")
-register(spatial.GlobalPool, "GlobalAveragePool", "GlobalMaxPool")
-register(spatial.MaxPool, "MaxPool")
-register(spatial.AveragePool, "AveragePool", "LpPool")
-register(spatial.Resize, "Resize", "Upsample")
-register(spatial.Pad, "Pad")
-register(spatial.Reduce, *spatial.REDUCTIONS)
-register(structural.Reshape, "Reshape", "Flatten")
-register(structural.Transpose, "Transpose")
-register(structural.Squeeze, "Squeeze", "Unsqueeze")
-register(structural.Expand, "Expand")
-register(structural.Tile, "Tile")
-register(structural.Concat, "Concat")
-register(structural.Split, "Split")
-register(structural.Slice, "Slice")
-register(structural.Gather, "Gather")
-register(structural.SpaceToDepth, "SpaceToDepth")
-register(structural.DepthToSpace, "DepthToSpace")
-register(Shape, "Shape")
+register(pooling.GlobalPool, "GlobalAveragePool", "GlobalMaxPool")
+register(pooling.MaxPool, "MaxPool")
+register(pooling.AveragePool, "AveragePool", "LpPool")
+register(pooling.Resize, "Resize", "Upsample")
+register(pooling.Pad, "Pad")
+register(pooling.Reduce, *pooling.REDUCTIONS)
+register(movement.Reshape, "Reshape", "Flatten")
+register(movement.Transpose, "Transpose")
+register(movement.Squeeze, "Squeeze", "Unsqueeze")
+register(movement.Expand, "Expand")
+register(movement.Tile, "Tile")
+register(selection.Concat, "Concat")
+register(selection.Split, "Split")
+register(selection.Slice, "Slice")
+register(selection.Gather, "Gather")
+register(movement.SpaceToDepth, "SpaceToDepth")
+register(movement.DepthToSpace, "DepthToSpace")
+register(sizes.Shape, "Shape")

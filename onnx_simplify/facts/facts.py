@@ -1,13 +1,14 @@
-"""The analysis: sparse conditional constant propagation and dead-code elimination, per channel.
+"""The facts: sparse conditional constant propagation and dead-code elimination, per channel.
 
 Two facts for each channel of each tensor.  *Constant* flows forward: the value does not depend on
 the graph's inputs.  *Needed* flows backward: some live output depends on it.  This is Wegman and
 Zadeck's scheme ("Constant propagation with conditional branches", TOPLAS 1991) with channels in
-place of scalars; the rules of each operator are in :mod:`onnx_simplify.channels.operators`.
+place of scalars; the rules of each operator are in :mod:`onnx_simplify.operators`.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 
@@ -15,29 +16,35 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.layouts import Layouts, Unsupported
-from onnx_simplify.channels.operators import Operator, bind
-from onnx_simplify.channels.operators.base import is_computed
-from onnx_simplify.channels.operators.linear import Linear
 from onnx_simplify.channels.values import MAP, UNIFORM, VARYING, Constants
 from onnx_simplify.graph.edit import shares_weights
 from onnx_simplify.graph.model import Model
 from onnx_simplify.graph.shapes import infer
+from onnx_simplify.operators import Operator, bind
+from onnx_simplify.operators.contraction import Contraction
+from onnx_simplify.operators.nodes import is_computed
 
-Chooser = Callable[[Operator, "Analysis", np.ndarray], bool]
+Chooser = Callable[[Operator, "Facts", np.ndarray], bool]
 Absorbed = dict[tuple[Operator, int], np.ndarray]
 """Masks of input positions by operator and input index."""
 
 
-class Analysis:
-    """Layouts and facts of one model.
+class Facts:
+    """What is known of the channels of one graph.
+
+    Facts are about the graph as it stood when they were made, and do not change: :meth:`measured`
+    gives others.
 
     Attributes:
-        layouts: the layouts, united.
+        model: the model.
         operators: all nodes, bound to their rules, in execution order.
+        layouts: the layouts, united.
+        constants: measured values of constant channels. Without them levels are optimistic:
+            wherever a value decides, it is assumed to be the one that makes the result constant.
         level: constancy of each position, an int8 array shaped like the layout, by tensor name.
-        constants: measured values of constant channels, once measured.
         disputed: positions that are constant by the rules and were not so when measured, as means
             over many elements may be, by tensor name.
+        kept_names: tensors that must exist.
     """
 
     def __init__(self, model: Model):
@@ -46,9 +53,6 @@ class Analysis:
         infer(model)
         self.layouts = Layouts(model)
         self.operators: list[Operator] = []
-        self.level: dict[str, np.ndarray] = {}
-        self.constants: Constants | None = None
-        self.disputed: dict[str, np.ndarray] = {}
         self.kept_names = model.kept_names
         for tensor in model.graph.inputs:
             if tensor.shape is not None:
@@ -66,6 +70,41 @@ class Analysis:
             for name in sorted(names & self.layouts.of.keys()):
                 self.layouts.freeze(self.layouts.of[name], reason)
         self.layouts.unite()
+        self.constants: Constants | None = None
+        self._find_levels()
+
+    def measured(self, constants: Constants) -> Facts:
+        """The facts of the same graph with measured constants."""
+        found = copy.copy(self)
+        found.constants = constants
+        found._find_levels()
+        return found
+
+    def _find_levels(self) -> None:
+        """Compute ``level`` and ``disputed`` for all tensors, in execution order."""
+        self.level: dict[str, np.ndarray] = {}
+        self.disputed: dict[str, np.ndarray] = {}
+        for tensor in self.model.graph.inputs:
+            if self.has(tensor):
+                self._settle(tensor.name, np.int8(VARYING))
+        for op in self.operators:
+            # See Operator.accounts_for.
+            results = [None] * len(op.outputs) if self._strays(op) else op.level(self)
+            for tensor, level in zip(op.outputs, results, strict=False):
+                if self.has(tensor):
+                    self._settle(tensor.name, np.int8(VARYING) if level is None else level)
+
+    def _settle(self, name: str, level: np.ndarray | np.int8) -> None:
+        """Record how constant a tensor is, unless measurement contradicts the rules."""
+        shape = self.layouts.of[name].shape
+        if self.constants is not None:
+            agree = self.constants.agree(name, shape)
+            disputed = np.broadcast_to((level > VARYING) & ~agree, shape)
+            if disputed.any():
+                self.disputed[name] = disputed
+            level = np.where(agree, level, VARYING)
+        self.level[name] = np.array(np.broadcast_to(level, shape), np.int8)
+        self.level[name].flags.writeable = False
 
     def _followed(self, node: gs.Node) -> Operator:
         """The node, bound to rules that apply, once its outputs have layouts."""
@@ -94,19 +133,22 @@ class Analysis:
         return computed.difference(op.accounts_for()) if computed else computed
 
     @cached_property
-    def contractions(self) -> list[Linear]:
+    def contractions(self) -> list[Contraction]:
         """All products with constant weights, in execution order."""
         return [product for op in self.operators for product in op.contractions]
 
     @cached_property
     def needed(self) -> dict[str, np.ndarray]:
         """Which positions some live output depends on, by tensor name, as the graph stands."""
-        return self.need()
+        found = self.need()
+        for mask in found.values():
+            mask.flags.writeable = False
+        return found
 
     @cached_property
-    def makers(self) -> dict[int, list[Linear]]:
+    def makers(self) -> dict[int, list[Contraction]]:
         """The products with constant weights that make each label, in execution order."""
-        found: dict[int, list[Linear]] = {}
+        found: dict[int, list[Contraction]] = {}
         for product in self.contractions:
             if self.has(product.outputs[0]):
                 for channel in np.unique(product.channels(self)[1]):
@@ -156,36 +198,6 @@ class Analysis:
     def shape(self, tensor: gs.Tensor) -> list:
         """The tensor's symbolic shape."""
         return self.layouts.shape(tensor)
-
-    def propagate_constants(self) -> None:
-        """Compute ``level`` for all tensors, in execution order.
-
-        Without measured constants the result is optimistic: wherever a value decides, it is assumed
-        to be the one that makes the result constant.
-        """
-        self.level = {}
-        for tensor in self.model.graph.inputs:
-            if self.has(tensor):
-                self._vary(tensor)
-        for op in self.operators:
-            # See Operator.accounts_for.
-            results = [None] * len(op.outputs) if self._strays(op) else op.level(self)
-            for tensor, level in zip(op.outputs, results, strict=False):
-                if not self.has(tensor):
-                    continue
-                shape = self.layouts.of[tensor.name].shape
-                if level is None:
-                    level = np.zeros(shape, np.int8)
-                if self.constants is not None:
-                    agree = self.constants.agree(tensor.name, shape)
-                    disputed = (level > VARYING) & ~agree
-                    if disputed.any():
-                        self.disputed[tensor.name] = np.broadcast_to(disputed, shape)
-                    level = np.where(agree, level, VARYING)
-                self.level[tensor.name] = np.broadcast_to(level, shape).astype(np.int8)
-
-    def _vary(self, tensor: gs.Tensor) -> None:
-        self.level[tensor.name] = np.full(self.layouts.of[tensor.name].shape, VARYING, np.int8)
 
     def level_of(self, tensor: gs.Tensor, shape: tuple[int, ...] | None = None) -> np.ndarray:
         """Level of a node's input; an initializer's is derived from its own shape.
@@ -308,7 +320,7 @@ class Analysis:
 
         Args:
             alive: labels that stay.
-            choose: optional callable ``(operator, analysis, alive) -> bool`` that revives channels
+            choose: optional callable ``(operator, facts, alive) -> bool`` that revives channels
                 for speed and says whether it did.
             free: operators that are rewritten in some other way.
         """

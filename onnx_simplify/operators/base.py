@@ -1,4 +1,4 @@
-"""What the analysis and the passes ask of an operator.
+"""What facts, planner and passes ask of an operator.
 
 Every array of ids, levels or masks is shaped like the *layout* of the tensor it speaks of (see
 :mod:`onnx_simplify.channels.layouts`).
@@ -13,15 +13,16 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.layouts import Unsupported
-from onnx_simplify.channels.values import MAP
 from onnx_simplify.graph.patterns import Patterns
+from onnx_simplify.operators.nodes import kind
 
 if TYPE_CHECKING:
-    from onnx_simplify.channels.analysis import Analysis
-    from onnx_simplify.channels.cut import Cut
     from onnx_simplify.channels.layouts import Layouts
-    from onnx_simplify.channels.operators.linear import Linear
+    from onnx_simplify.facts.facts import Facts
     from onnx_simplify.graph.shapes import Dim
+    from onnx_simplify.operators.contraction import Contraction
+    from onnx_simplify.passes.cut import Cut
+
 
 Masks = list[np.ndarray | None]
 
@@ -77,7 +78,7 @@ class Operator:
         return self.node.attrs
 
     @property
-    def contractions(self) -> Sequence[Linear]:
+    def contractions(self) -> Sequence[Contraction]:
         """The products with constant weights that it forms, which read and make channels."""
         return ()
 
@@ -146,15 +147,15 @@ class Operator:
         """
         return None
 
-    def level(self, analysis: Analysis) -> Masks:
+    def level(self, facts: Facts) -> Masks:
         """Level of constancy of each output (None: everything varies)."""
         return [None] * len(self.outputs)
 
-    def need(self, analysis: Analysis, outputs: Masks) -> Masks:
+    def need(self, facts: Facts, outputs: Masks) -> Masks:
         """Positions of each input that the needed positions of the outputs depend on."""
-        return analysis.all_of(self.inputs)
+        return facts.all_of(self.inputs)
 
-    def constrain(self, analysis: Analysis, alive: np.ndarray) -> bool:
+    def constrain(self, facts: Facts, alive: np.ndarray) -> bool:
         """Revive channels (in ``alive``, by label) so that :meth:`shrink` is possible.
 
         Returns:
@@ -165,22 +166,22 @@ class Operator:
     def shrink(self, cut: Cut) -> None:
         """Rewrite the node after channels of its inputs and outputs have left."""
 
-    def may_reorder(self, analysis: Analysis) -> bool:
+    def may_reorder(self, facts: Facts) -> bool:
         """Whether :meth:`shrink` can also put channels into another order (``Cut.taken``)."""
         return self.reorders
 
-    def wants_values(self, analysis: Analysis) -> list[int]:
+    def wants_values(self, facts: Facts) -> list[int]:
         """Inputs whose constant values decide something."""
         return []
 
-    def passed(self, analysis: Analysis, values: np.ndarray) -> np.ndarray | None:
+    def passed(self, facts: Facts, values: np.ndarray) -> np.ndarray | None:
         """What uniform constants of the first input become, if they come out as they are.
 
         Computed from many elements, as means are, a constant can be off by more than rounding of a
         single operation, and differently for every size.
 
         Args:
-            analysis: the analysis.
+            facts: what is known.
             values: shaped like the layout of the first input.
 
         Returns:
@@ -191,135 +192,3 @@ class Operator:
     def macs(self, shapes: dict[str, list[int]]) -> int:
         """Multiply-accumulate operations for tensors of the given sizes."""
         return 0
-
-
-class Shape(Operator):
-    """``Shape``: reads sizes, not values (https://onnx.ai/onnx/operators/onnx__Shape.html).
-
-    When a size it reports shrinks, the reported number is put back, so that whatever is computed
-    from it stays as it was.
-    """
-
-    reorders = True
-
-    def layout(self, layouts: Layouts) -> None:
-        """The input's channels are free to go; the output is an ordinary vector."""
-        layouts(self.inputs[0])
-        layouts.require_where(self.node)
-        output = layouts.untracked(self.outputs[0])
-        layouts.freeze(output)
-        layouts.set(self.outputs[0], output)
-
-    def need(self, analysis: Analysis, outputs: Masks) -> Masks:
-        """No value is needed."""
-        return [None]
-
-    def shrink(self, cut: Cut) -> None:
-        """Overwrite the entries of cut axes with the original sizes."""
-        kept = cut.kept(self.inputs[0])
-        axes = range(len(cut.analysis.shape(self.inputs[0])))
-        start, end = int(self.attrs.get("start", 0)), self.attrs.get("end")
-        entries = {
-            position: int(kept[axis].size)
-            for position, axis in enumerate(axes[start:end])
-            if axis in kept
-        }
-        if entries:
-            cut.override_output(self.node, entries)
-
-
-def kind(node: gs.Node) -> str:
-    """What a node does: its operator, with the domain if that is not the standard one."""
-    return f"{node.op} ({node.domain})" if node.domain else str(node.op)
-
-
-def attr_ints(node: gs.Node, name: str, default: list[int]) -> list[int]:
-    """An integer-list attribute."""
-    return [int(v) for v in node.attrs.get(name, default)]
-
-
-def constant_input(node: gs.Node, index: int) -> np.ndarray | None:
-    """The value of an optional input if it is an initializer; None when absent or computed."""
-    if len(node.inputs) > index and isinstance(node.inputs[index], gs.Constant):
-        return np.asarray(node.inputs[index].values)
-    return None
-
-
-def constant_shape(node: gs.Node, index: int) -> list[int]:
-    """The shape of an input if it is an initializer; empty when absent, computed or a scalar."""
-    if len(node.inputs) > index and isinstance(node.inputs[index], gs.Constant):
-        return list(node.inputs[index].shape)
-    return []
-
-
-def has_input(node: gs.Node, index: int) -> bool:
-    """Whether the optional input is given."""
-    return len(node.inputs) > index and bool(node.inputs[index].name)
-
-
-def is_computed(node: gs.Node, index: int) -> bool:
-    """Whether an optional input is there, but known at run time only.
-
-    To take that for absent would be to take the default for its value.
-    """
-    return has_input(node, index) and not isinstance(node.inputs[index], gs.Constant)
-
-
-def constant_ints(node: gs.Node, index: int, attribute: str) -> list[int] | None:
-    """Integers given as an initializer input or, in older operator sets, as an attribute.
-
-    Returns:
-        None when neither is there.
-
-    Raises:
-        Unsupported: the input is computed.
-    """
-    if is_computed(node, index):
-        raise Unsupported(f"{attribute} are computed")
-    values = constant_input(node, index)
-    if values is not None:
-        return [int(v) for v in values.ravel()]
-    if attribute in node.attrs:
-        found = node.attrs[attribute]
-        return [int(v) for v in (found if isinstance(found, (list, tuple)) else [found])]
-    return None
-
-
-def is_static(shape: list[Dim], axes: list[int] | range | None = None) -> bool:
-    """Whether the sizes along ``axes`` (all by default) are known."""
-    return all(isinstance(shape[a], int) for a in (range(len(shape)) if axes is None else axes))
-
-
-def windowed(node: gs.Node, sizes: list[Dim], kernel: list[int]) -> list[Dim | None]:
-    """Sizes after a sliding window, where they are those before; None elsewhere."""
-    rank = len(sizes)
-    pads = attr_ints(node, "pads", [0] * 2 * rank)
-    strides = attr_ints(node, "strides", [1] * rank)
-    dilations = attr_ints(node, "dilations", [1] * rank)
-    if node.attrs.get("auto_pad", "NOTSET") != "NOTSET" or not (
-        len(kernel) == len(strides) == len(dilations) == rank == len(pads) // 2
-    ):
-        return [None] * rank
-    return [
-        size
-        if strides[k] == 1 and pads[k] + pads[k + rank] == dilations[k] * (kernel[k] - 1)
-        else None
-        for k, size in enumerate(sizes)
-    ]
-
-
-def reduce_to(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Combine a mask with `or` over the axes along which an operand of ``shape`` is broadcast."""
-    lead = mask.ndim - len(shape)
-    mask = np.asarray(mask.any(axis=tuple(range(lead)))) if lead > 0 else mask
-    axes = tuple(a for a, s in enumerate(shape) if s == 1 and mask.shape[a] > 1)
-    mask = np.asarray(mask.any(axis=axes, keepdims=True)) if axes else mask
-    return np.broadcast_to(mask, shape)
-
-
-def min_to(level: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The weakest level over axes that the output does not track; positions may then differ."""
-    axes = tuple(a for a, s in enumerate(shape) if s == 1 and level.shape[a] > 1)
-    if not axes:
-        return level
-    return np.minimum(level.min(axis=axes, keepdims=True), MAP)

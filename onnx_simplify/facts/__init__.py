@@ -1,0 +1,1 @@
+"""What is known of a graph: which channels are constant, and which are needed."""

@@ -1,0 +1,115 @@
+"""Convolutions: contractions with a window."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnx_simplify.channels.layouts import Layouts, Unsupported
+from onnx_simplify.graph.shapes import Dim
+from onnx_simplify.operators.contraction import Contraction, Wiring
+from onnx_simplify.operators.nodes import (
+    attr_ints,
+    constant_shape,
+    windowed,
+)
+
+if TYPE_CHECKING:
+    pass
+
+
+def _convolution_wiring(node: gs.Node) -> Wiring:
+    """Data, weight and bias in this order, channels on axis 1."""
+    if len(constant_shape(node, 1)) < 3:
+        raise Unsupported("weight is not an initializer")
+    return Wiring(0, 1, 2, int(node.attrs.get("group", 1)), 1, 1)
+
+
+class Convolution(Contraction):
+    """``Conv``: weight ``[O, I/group, *kernel]``; zero padding turns constants into maps.
+
+    https://onnx.ai/onnx/operators/onnx__Conv.html
+    """
+
+    regroups = True
+
+    @cached_property
+    def wiring(self) -> Wiring:
+        """Input 0 and weight 1, channels on axis 1."""
+        return _convolution_wiring(self.node)
+
+    def to_canonical(self, weight: np.ndarray) -> np.ndarray:
+        """Split the outputs by group."""
+        groups = int(self.attrs.get("group", 1))
+        return weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+
+    def from_canonical(self, weight: np.ndarray) -> np.ndarray:
+        """Join the groups' outputs."""
+        return weight.reshape(-1, *weight.shape[2:])
+
+    def sizes(self, layouts: Layouts) -> list[Dim | None] | None:
+        """Sizes stay where padding makes up for the window."""
+        source, weight = layouts.shape(self.inputs[0]), constant_shape(self.node, 1)
+        if len(weight) != len(source):
+            return None
+        return [source[0], weight[0], *windowed(self.node, source[2:], weight[2:])]
+
+    def spread_axes(self) -> list[int]:
+        """Axes along which the window may reach over the border."""
+        rank = len(self.inputs[1].shape) - 2
+        pads = attr_ints(self.node, "pads", [0] * 2 * rank)
+        auto = self.attrs.get("auto_pad", "NOTSET")
+        kernel = self.inputs[1].shape[2:]
+        if auto in ("SAME_UPPER", "SAME_LOWER"):
+            return [a + 2 for a in range(rank) if kernel[a] > 1]
+        if auto == "VALID":
+            return []
+        return [a + 2 for a in range(rank) if pads[a] or pads[a + rank]]
+
+    def window(self, axis: int) -> int:
+        """The reach of the dilated kernel along a spatial axis."""
+        if axis < 2:
+            return 1
+        kernel = self.inputs[1].shape[axis]
+        dilations = attr_ints(self.node, "dilations", [1] * (len(self.inputs[1].shape) - 2))
+        return int((kernel - 1) * dilations[axis - 2] + 1)
+
+
+class TransposedConvolution(Contraction):
+    """``ConvTranspose``: weight ``[I, O/group, *kernel]``; constants become maps.
+
+    https://onnx.ai/onnx/operators/onnx__ConvTranspose.html
+    """
+
+    @cached_property
+    def wiring(self) -> Wiring:
+        """Input 0 and weight 1, channels on axis 1."""
+        return _convolution_wiring(self.node)
+
+    def to_canonical(self, weight: np.ndarray) -> np.ndarray:
+        """Split the inputs by group and put outputs first."""
+        groups = int(self.attrs.get("group", 1))
+        split = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+        return split.swapaxes(1, 2)
+
+    def from_canonical(self, weight: np.ndarray) -> np.ndarray:
+        """Inverse."""
+        weight = weight.swapaxes(1, 2)
+        return weight.reshape(-1, *weight.shape[2:])
+
+    def macs(self, shapes: dict[str, list[int]]) -> int:
+        """One multiply-accumulate per weight and *input* position."""
+        source = shapes[self.inputs[0].name]
+        positions = int(np.prod(source)) // max(source[1], 1)
+        return positions * int(np.prod(self.inputs[1].shape))
+
+    def column_axis(self) -> int:
+        """Inputs come first."""
+        return 0
+
+    def spread_axes(self) -> list[int]:
+        """Each output position sees another part of the kernel."""
+        return list(range(2, len(self.inputs[1].shape)))

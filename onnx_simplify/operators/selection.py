@@ -1,0 +1,271 @@
+"""Operators that join tensors, take them apart, or pick positions."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from onnx_simplify.channels.layouts import Layouts, Unsupported
+from onnx_simplify.channels.values import MAP, UNIFORM, VARYING, reduce_to
+from onnx_simplify.graph.shapes import Dim
+from onnx_simplify.operators.base import Masks
+from onnx_simplify.operators.movement import Movement, repeated
+from onnx_simplify.operators.nodes import (
+    constant_input,
+    constant_ints,
+    is_computed,
+    is_static,
+)
+
+if TYPE_CHECKING:
+    from onnx_simplify.facts.facts import Facts
+    from onnx_simplify.passes.cut import Cut
+
+
+class Concat(Movement):
+    """``Concat`` (https://onnx.ai/onnx/operators/onnx__Concat.html)."""
+
+    data_inputs = 0
+    drops_empty_inputs = True
+
+    @property
+    def joins(self) -> int:
+        """The axis as it is given."""
+        return int(self.attrs.get("axis", 0))
+
+    def _tracked(self, layouts: Layouts) -> bool:
+        axis = self.attrs["axis"]
+        return any(layouts.of[t.name].shape[axis] > 1 for t in self.inputs)
+
+    def _join(self, layouts: Layouts, arrays: list[np.ndarray]) -> np.ndarray:
+        axis = self.attrs["axis"] % arrays[0].ndim
+        parts = []
+        for tensor, array in zip(self.inputs, arrays, strict=True):
+            parts.append(repeated(array, layouts.shape(tensor), [axis]))
+        common = np.broadcast_shapes(*(p.shape[:axis] + (1,) + p.shape[axis + 1 :] for p in parts))
+        parts = [
+            np.broadcast_to(p, common[:axis] + (p.shape[axis],) + common[axis + 1 :])
+            for p in parts
+        ]
+        return np.concatenate(parts, axis)
+
+    def move(self, layouts: Layouts, arrays: list[np.ndarray]) -> list[np.ndarray]:
+        """Concatenate along a tracked axis."""
+        return [self._join(layouts, arrays)]
+
+    def layout(self, layouts: Layouts) -> None:
+        """Along a tracked axis the ids are joined, along any other they are equated."""
+        ids = [layouts(t) for t in self.inputs]
+        if self._tracked(layouts):
+            super().layout(layouts)
+            return
+        layouts.set(self.outputs[0], layouts.merge(ids))
+
+    def level(self, facts: Facts) -> Masks:
+        """Along an untracked axis the operands may hold different constants."""
+        if self._tracked(facts.layouts):
+            return super().level(facts)
+        level = np.full(facts.layouts.of[self.outputs[0].name].shape, MAP, np.int8)
+        for tensor in self.inputs:
+            level = np.minimum(level, facts.level[tensor.name])
+        axis = self.attrs["axis"]
+        if not isinstance(facts.shape(self.outputs[0])[axis], int):
+            zero = np.ones(level.shape, bool)
+            for tensor in self.inputs:
+                zero &= facts.zero(tensor, facts.layouts.of[tensor.name].shape)
+            level = np.where(zero & (level > VARYING), UNIFORM, VARYING)
+        return [level]
+
+    def wants_values(self, facts: Facts) -> list[int]:
+        """Along a dynamic axis only zeros stay constant."""
+        if self._tracked(facts.layouts):
+            return []
+        return list(range(len(self.inputs)))
+
+    def need(self, facts: Facts, outputs: Masks) -> Masks:
+        """What is needed of the result is needed of all operands along untracked axes."""
+        if self._tracked(facts.layouts):
+            return super().need(facts, outputs)
+        wanted = outputs[0]
+        assert wanted is not None
+        return [reduce_to(wanted, facts.layouts.of[t.name].shape) for t in self.inputs]
+
+    def shrink(self, cut: Cut) -> None:
+        """Leave out inputs without channels."""
+        keep = [t for t in self.inputs if not cut.facts.dead(t, cut.alive)]
+        if len(keep) < len(self.inputs):
+            self.node.inputs = keep
+
+
+class Split(Movement):
+    """``Split`` with known sizes (https://onnx.ai/onnx/operators/onnx__Split.html)."""
+
+    def pieces(self, layouts: Layouts) -> list[Dim]:
+        """Size of each output along the split axis."""
+        axis = self.attrs.get("axis", 0)
+        given = None if is_computed(self.node, 1) else constant_ints(self.node, 1, "split")
+        if given is not None:
+            return list(given)
+        return [layouts.shape(t)[axis] for t in self.outputs]
+
+    def picks(self, layouts: Layouts) -> Collection[int]:
+        """The axis that is split."""
+        return (self.attrs.get("axis", 0) % len(layouts.shape(self.inputs[0])),)
+
+    def move(self, layouts: Layouts, arrays: list[np.ndarray]) -> list[np.ndarray]:
+        """Split a tracked axis."""
+        array = arrays[0]
+        axis = self.attrs.get("axis", 0)
+        if array.shape[axis] == 1:
+            return [array] * len(self.outputs)
+        sizes = self.pieces(layouts)
+        if not is_static(sizes) or sum(sizes) != array.shape[axis]:  # type: ignore[arg-type]
+            raise Unsupported("sizes are not known")
+        return np.split(array, np.cumsum(sizes)[:-1].astype(int), axis)
+
+    def shrink(self, cut: Cut) -> None:
+        """Give the new sizes; leave out outputs without channels."""
+        axis = self.attrs.get("axis", 0)
+        source = self.inputs[0]
+        axis %= len(cut.facts.shape(source))
+        if axis not in cut.kept(source):
+            return
+        outputs, sizes = [], []
+        for tensor in self.outputs:
+            if not tensor.name or cut.facts.dead(tensor, cut.alive):
+                continue
+            mask = cut.kept(tensor).get(axis)
+            size = cut.facts.shape(tensor)[axis] if mask is None else mask.sum()
+            outputs.append(tensor)
+            sizes.append(int(size))
+        self.node.outputs = outputs
+        self.attrs.pop("num_outputs", None)
+        if cut.model.opset >= 13:
+            cut.put(self.node, 1, np.array(sizes, np.int64))
+        else:
+            self.attrs["split"] = sizes
+
+
+class Slice(Movement):
+    """``Slice`` with constant bounds (https://onnx.ai/onnx/operators/onnx__Slice.html)."""
+
+    def bounds(self, rank: int) -> dict[int, tuple[int, int, int]] | None:
+        """(start, end, step) by axis; None when they are computed."""
+        if any(is_computed(self.node, k) for k in range(1, 5)):
+            return None
+        starts, ends = constant_ints(self.node, 1, "starts"), constant_ints(self.node, 2, "ends")
+        if starts is None or ends is None:
+            raise Unsupported("bounds are not given")
+        axes = constant_ints(self.node, 3, "axes") or list(range(len(starts)))
+        steps = constant_ints(self.node, 4, "steps") or [1] * len(starts)
+        return {a % rank: b for a, *b in zip(axes, starts, ends, steps, strict=True)}  # type: ignore[misc]
+
+    def index(self, bound: tuple[int, int, int], size: int) -> np.ndarray:
+        """The positions taken from an axis of the given size."""
+        start, end, step = bound
+        if step < 0 and end < -size:
+            end = -size - 1
+        stop: int | None = end
+        if step < 0 and end == -size - 1:
+            stop = None
+        return np.arange(size)[slice(start, stop, step)]
+
+    def picks(self, layouts: Layouts) -> Collection[int]:
+        """The axes that are sliced, if it is known how."""
+        return set(self.bounds(len(layouts.shape(self.inputs[0]))) or ())
+
+    def move(self, layouts: Layouts, arrays: list[np.ndarray]) -> list[np.ndarray]:
+        """Slice tracked axes."""
+        array = arrays[0]
+        bounds = self.bounds(array.ndim)
+        if bounds is None:
+            given = constant_ints(self.node, 3, "axes")
+            if given is None or any(array.shape[a] > 1 for a in given):
+                raise Unsupported("bounds are computed")
+            return [array]
+        for axis, bound in bounds.items():
+            if array.shape[axis] > 1:
+                array = array.take(self.index(bound, array.shape[axis]), axis)
+        return [array]
+
+    def shrink(self, cut: Cut) -> None:
+        """Slice at the new positions; a slice with a step becomes a ``Gather``."""
+        source = self.inputs[0]
+        shape = cut.facts.shape(source)
+        kept = cut.kept(source)
+        bounds = self.bounds(len(shape)) or {}
+        changed = False
+        for axis in bounds.keys() & kept.keys():
+            mask = kept[axis]
+            order = np.cumsum(mask) - 1
+            index = self.index(bounds[axis], mask.size)
+            index = order[index[mask[index]]]
+            step = int(index[1] - index[0]) if index.size > 1 else 1
+            changed = True
+            if not (np.diff(index) == step).all():
+                cut.gather_before(self.node, axis, index)
+                bounds[axis] = (0, 2**31 - 1, 1)
+                continue
+            end = int(index[-1]) + (1 if step > 0 else -1)
+            bounds[axis] = (int(index[0]), end if end >= 0 else -(2**31), step)
+        if not changed:
+            return
+        axes = sorted(bounds)
+        columns = [[bounds[a][k] for a in axes] for k in range(3)]
+        if cut.model.opset >= 10:
+            for index_, column in enumerate([columns[0], columns[1], axes, columns[2]], start=1):
+                cut.put(self.node, index_, np.array(column, np.int64))
+        else:
+            self.node.attrs |= {"starts": columns[0], "ends": columns[1], "axes": axes}
+
+
+class Gather(Movement):
+    """``Gather`` with constant indices along a tracked axis.
+
+    https://onnx.ai/onnx/operators/onnx__Gather.html
+    """
+
+    def indices(self, layouts: Layouts) -> np.ndarray:
+        """The indices, none negative.
+
+        Raises:
+            Unsupported: they are computed, or the size of the axis is not static.
+        """
+        values = constant_input(self.node, 1)
+        size = layouts.shape(self.inputs[0])[self.attrs.get("axis", 0)]
+        if values is None or values.ndim > 1 or not isinstance(size, int) or values.size == 0:
+            raise Unsupported("indices are not a constant vector")
+        return np.where(values < 0, values + size, values)
+
+    def picks(self, layouts: Layouts) -> Collection[int]:
+        """The axis, if indices are constant."""
+        axis = self.attrs.get("axis", 0) % len(layouts.shape(self.inputs[0]))
+        return () if is_computed(self.node, 1) else (axis,)
+
+    def move(self, layouts: Layouts, arrays: list[np.ndarray]) -> list[np.ndarray]:
+        """Gather from the layout; a scalar index removes the axis."""
+        axis = self.attrs.get("axis", 0)
+        array = arrays[0]
+        if array.shape[axis] == 1:
+            values = constant_input(self.node, 1)
+            rank = values.ndim if values is not None else len(layouts.shape(self.inputs[1]))
+            if rank > 1:
+                raise Unsupported("indices are not a vector")
+            return [array.take(0, axis) if rank == 0 else array]
+        indices = self.indices(layouts)
+        return [array.take(indices if indices.ndim else int(indices), axis)]
+
+    def shrink(self, cut: Cut) -> None:
+        """Drop and renumber indices."""
+        axis = self.attrs.get("axis", 0) % len(cut.facts.shape(self.inputs[0]))
+        mask = cut.kept(self.inputs[0]).get(axis)
+        if mask is None:
+            return
+        indices = self.indices(cut.facts.layouts)
+        order = np.cumsum(mask) - 1
+        if indices.ndim:
+            indices = indices[mask[indices]]
+        dtype = self.inputs[1].values.dtype
+        cut.put(self.node, 1, np.asarray(order[indices], dtype))
