@@ -61,6 +61,7 @@ test-versions:
 
 lint: $(VENV)/extra-check
 	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check --diff .
 	$(BIN)/python -m mypy
 
 sample: $(VENV)/core

@@ -295,9 +295,7 @@ def verify(
     """
     _check_positive(rtol=rtol)
     dense = load(original)
-    reference = Reference(
-        dense, input_shapes=input_shapes, input_data=input_data, count=checks
-    )
+    reference = Reference(dense, input_shapes=input_shapes, input_data=input_data, count=checks)
     return reference.compare(
         load(simplified),
         rtol,

@@ -110,47 +110,114 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("input", metavar="IN", help="the model; - is the standard input")
-    add("output", metavar="OUT", nargs="?",
-        help="where to write the result; may be IN; - is the standard output")
-    add("--pin", metavar="NAME", action="append", default=[],
-        help="tensor, node or initializer whose channels must stay (repeatable)")
-    add("--skip", metavar="PASS", action="append", default=[], choices=PASSES,
-        help=f"leave out a pass: {', '.join(PASSES)} (repeatable)")
-    add("--input-shape", metavar="NAME:1,3,224,224", action="append", default=[], type=_shape,
-        help="shape to run the model with (repeatable)")
+    add(
+        "output",
+        metavar="OUT",
+        nargs="?",
+        help="where to write the result; may be IN; - is the standard output",
+    )
+    add(
+        "--pin",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="tensor, node or initializer whose channels must stay (repeatable)",
+    )
+    add(
+        "--skip",
+        metavar="PASS",
+        action="append",
+        default=[],
+        choices=PASSES,
+        help=f"leave out a pass: {', '.join(PASSES)} (repeatable)",
+    )
+    add(
+        "--input-shape",
+        metavar="NAME:1,3,224,224",
+        action="append",
+        default=[],
+        type=_shape,
+        help="shape to run the model with (repeatable)",
+    )
     add("--input-data", metavar="FILE.npz", help="arrays to run the model with, by input name")
-    add("--no-verify", dest="verify", action="store_false",
-        help="do not compare the result with the original")
-    add("--rtol", metavar="X", type=_positive_float,
+    add(
+        "--no-verify",
+        dest="verify",
+        action="store_false",
+        help="do not compare the result with the original",
+    )
+    add(
+        "--rtol",
+        metavar="X",
+        type=_positive_float,
         help="bound on the error relative to an output's magnitude "
-        "(default: 1e-4, half precision 1e-2)")
-    add("--check", metavar="N", type=_positive_int, default=2,
-        help="random inputs to compare (default: 2; other sizes come on top)")
-    add("--benchmark", action="store_true",
+        "(default: 1e-4, half precision 1e-2)",
+    )
+    add(
+        "--check",
+        metavar="N",
+        type=_positive_int,
+        default=2,
+        help="random inputs to compare (default: 2; other sizes come on top)",
+    )
+    add(
+        "--benchmark",
+        action="store_true",
         help="time the original and the result in onnxruntime, interleaved; if the result is "
-        "slower, remove nothing")
-    add("--tune", action="store_true",
-        help="time several plans on this machine and take the fastest")
-    add("--threads", metavar="N", type=_positive_int, default=1,
-        help="onnxruntime threads for --benchmark and --tune (default: 1)")
-    add("--target", choices=["auto", *PROFILES], default="auto",
-        help="processor to plan for (default: this machine)")
-    add("--channel-multiple", metavar="N", type=_positive_int,
-        help="keep dead channels up to a multiple of N (default: the target's; 1: keep none)")
+        "slower, remove nothing",
+    )
+    add(
+        "--tune",
+        action="store_true",
+        help="time several plans on this machine and take the fastest",
+    )
+    add(
+        "--threads",
+        metavar="N",
+        type=_positive_int,
+        default=1,
+        help="onnxruntime threads for --benchmark and --tune (default: 1)",
+    )
+    add(
+        "--target",
+        choices=["auto", *PROFILES],
+        default="auto",
+        help="processor to plan for (default: this machine)",
+    )
+    add(
+        "--channel-multiple",
+        metavar="N",
+        type=_positive_int,
+        help="keep dead channels up to a multiple of N (default: the target's; 1: keep none)",
+    )
     small = parser.add_mutually_exclusive_group()
-    small.add_argument("--threshold", metavar="EPS", type=_share, default=0.0,
+    small.add_argument(
+        "--threshold",
+        metavar="EPS",
+        type=_share,
+        default=0.0,
         help="take channels for zero none of whose weights exceeds EPS times the layer's largest "
-        "(default: 0, exact); --rtol bounds the difference")
-    small.add_argument("--auto-threshold", metavar="TOL", type=_positive_float,
+        "(default: 0, exact); --rtol bounds the difference",
+    )
+    small.add_argument(
+        "--auto-threshold",
+        metavar="TOL",
+        type=_positive_float,
         help="find the largest such EPS that changes no output by more than TOL of its magnitude "
-        "on --input-data")
-    add("--inspect", action="store_true",
-        help="report per layer what is dead, constant and removable; write nothing")
+        "on --input-data",
+    )
+    add(
+        "--inspect",
+        action="store_true",
+        help="report per layer what is dead, constant and removable; write nothing",
+    )
     add("--json", metavar="FILE", help="write the whole report as JSON (-: standard output)")
-    add("--freeze-weights", action="store_true",
-        help="declare weights final that are graph inputs as well, which a caller could replace")
-    add("--save-external-data", action="store_true",
-        help="write large weights to OUT.data")
+    add(
+        "--freeze-weights",
+        action="store_true",
+        help="declare weights final that are graph inputs as well, which a caller could replace",
+    )
+    add("--save-external-data", action="store_true", help="write large weights to OUT.data")
     add("--quiet", action="store_true", help="print nothing but errors")
     add("--verbose", action="store_true", help="say which tensors were left alone, and why")
     add("--version", action="version", version=f"onnx-simplify {__version__}")
@@ -309,8 +376,14 @@ def _read_data(path: str) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except (
-        OSError, ValueError, AttributeError, EOFError, TypeError, KeyError,
-        zipfile.BadZipFile, zlib.error,
+        OSError,
+        ValueError,
+        AttributeError,
+        EOFError,
+        TypeError,
+        KeyError,
+        zipfile.BadZipFile,
+        zlib.error,
     ) as error:
         raise ModelError(f"--input-data: {path} is not an .npz file of arrays") from error
 
@@ -425,10 +498,14 @@ def _print_layers(console: Console, report: Report) -> None:
         table.add_row(
             escape(layer.name),
             layer.op,
-            *(str(v) for v in (layer.inputs, layer.outputs, layer.dead, layer.constant,
-                               layer.removed)),
-            *[escape(", ".join(f"{n} {reason}" for reason, n in layer.stays.items()))
-              for _ in reasons],
+            *(
+                str(v)
+                for v in (layer.inputs, layer.outputs, layer.dead, layer.constant, layer.removed)
+            ),
+            *[
+                escape(", ".join(f"{n} {reason}" for reason, n in layer.stays.items()))
+                for _ in reasons
+            ],
         )
     console.print(table)
     console.print(

@@ -213,7 +213,9 @@ class _Task:
             return
         self.step("verifying")
         found = report.verification = self.reference.compare(
-            model, options.rtol, half=is_half(self.original),
+            model,
+            options.rtol,
+            half=is_half(self.original),
             exact=not options.threshold,
             constant=lambda: constant_outputs(self.original, self.reference),
         )
@@ -475,9 +477,7 @@ def _remarks(original: Model, reference: Reference | None, report: Report) -> li
 
 def is_half(model: Model) -> bool:
     """Whether any weights have half precision."""
-    return any(
-        str(np.dtype(t.dtype)) in _HALF_PRECISION for t in model.initializers().values()
-    )
+    return any(str(np.dtype(t.dtype)) in _HALF_PRECISION for t in model.initializers().values())
 
 
 def _reference(model: Model, options: Options) -> tuple[Reference | None, str | None]:
@@ -496,9 +496,7 @@ def _reference(model: Model, options: Options) -> tuple[Reference | None, str | 
         return None, str(error)
 
 
-def _shapes(
-    model: Model, options: Options, reference: Reference | None
-) -> dict[str, list[int]]:
+def _shapes(model: Model, options: Options, reference: Reference | None) -> dict[str, list[int]]:
     """Shapes to count MACs for."""
     if reference is not None:
         return {n: list(v.shape) for n, v in reference.runs[0].feeds.items()}

@@ -39,9 +39,7 @@ def read_input() -> bytes:
     try:
         return sys.stdin.buffer.read()
     except OSError as error:
-        raise ModelError(
-            f"the standard input cannot be read: {error.strerror or error}"
-        ) from error
+        raise ModelError(f"the standard input cannot be read: {error.strerror or error}") from error
 
 
 def check_output() -> None:

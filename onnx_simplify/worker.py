@@ -56,9 +56,7 @@ def simplify_apart(arguments: Mapping[str, Any]) -> tuple[ModelProto, Report]:
             f"isolated cannot hand the model over ({first_line(error)}): give its path"
         ) from error
     except (pickle.PicklingError, TypeError, AttributeError) as error:
-        raise ModelError(
-            f"isolated cannot hand an argument over: {first_line(error)}"
-        ) from error
+        raise ModelError(f"isolated cannot hand an argument over: {first_line(error)}") from error
     path = json.dumps([entry for entry in sys.path if isinstance(entry, str)])
     try:
         process = subprocess.Popen(

@@ -34,8 +34,15 @@ from onnx_simplify.planning.costs import Layer, convolution, is_blocked, terms
 
 RUNS = 25
 FITTED = (
-    "mac_cost", "load_cost", "pointwise_cost", "depthwise_mac_cost", "depthwise_load_cost",
-    "plain_mac_cost", "unfold_cost", "group_cost", "node_cost",
+    "mac_cost",
+    "load_cost",
+    "pointwise_cost",
+    "depthwise_mac_cost",
+    "depthwise_load_cost",
+    "plain_mac_cost",
+    "unfold_cost",
+    "group_cost",
+    "node_cost",
 )
 
 
@@ -60,8 +67,12 @@ def layers() -> Iterator[Layer]:
             yield Layer(1, widths[0], outputs, 9, side * side)
 
 
-def session(nodes: list[onnx.NodeProto], arrays: dict[str, np.ndarray], shape: list[int],
-            prefix: str | None = None) -> ort.InferenceSession:
+def session(
+    nodes: list[onnx.NodeProto],
+    arrays: dict[str, np.ndarray],
+    shape: list[int],
+    prefix: str | None = None,
+) -> ort.InferenceSession:
     """A session for ``x -> y``, with onnxruntime's profiler if a prefix for its file is given."""
     kind = onnx.TensorProto.FLOAT
     graph = helper.make_graph(
@@ -89,8 +100,9 @@ def kernel_times(layer: Layer, folder: str) -> dict[str, float]:
     side, reach = round(layer.positions**0.5), round(layer.taps**0.5)
     random = np.random.default_rng(0)
     weight = random.normal(0, 0.1, (layer.groups * layer.outputs, layer.inputs, reach, reach))
-    node = helper.make_node("Conv", ["x", "w", "b"], ["y"], group=layer.groups,
-                            pads=[reach // 2] * 4)
+    node = helper.make_node(
+        "Conv", ["x", "w", "b"], ["y"], group=layer.groups, pads=[reach // 2] * 4
+    )
     shape = [1, layer.groups * layer.inputs, side, side]
     arrays = {"w": weight.astype(np.float32), "b": np.ones(len(weight), np.float32)}
     run = session([node], arrays, shape, os.path.join(folder, "profile"))
@@ -135,15 +147,16 @@ def overheads() -> dict[str, float]:
     start = (chain(8, 16, 3, True) - chain(8, 16, 3, False)) / 8
     sizes = ((32, 56), (64, 28), (256, 14))
     maps = [
-        ((chain(8, n, s, True) - chain(8, n, s, False)) / 8 - start) / (n * s * s)
-        for n, s in sizes
+        ((chain(8, n, s, True) - chain(8, n, s, False)) / 8 - start) / (n * s * s) for n, s in sizes
     ]
     copies = []
     for channels, side in sizes:
         indices = np.random.default_rng(0).permutation(channels)
         node = helper.make_node("Gather", ["x", "i"], ["y"], axis=1)
-        both = [helper.make_node("Gather", ["x", "i"], ["z"], axis=1),
-                helper.make_node("Gather", ["z", "i"], ["y"], axis=1)]
+        both = [
+            helper.make_node("Gather", ["x", "i"], ["z"], axis=1),
+            helper.make_node("Gather", ["z", "i"], ["y"], axis=1),
+        ]
         shape = [1, channels, side, side]
         time_of = [seconds(nodes, {"i": indices}, shape) for nodes in ([node], both)]
         copies.append((time_of[1] - time_of[0]) * 1e9 / (channels * side * side))
@@ -244,8 +257,10 @@ def main() -> int:
     for title, found in report.items():
         print(f"\n{title} costs: factor between predicted and measured")
         for name, row in found.items():
-            print(f"  {name:10} {row['layers']:4} layers  median {row['median']:.2f}"
-                  f"  worst {row['worst']:.2f}")
+            print(
+                f"  {name:10} {row['layers']:4} layers  median {row['median']:.2f}"
+                f"  worst {row['worst']:.2f}"
+            )
     if options.write:
         docs = publish.ROOT / "docs"
         content = {

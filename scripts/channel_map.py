@@ -37,7 +37,10 @@ if TYPE_CHECKING:
 # orange and grey, differ in lightness: the four are told apart with any colour vision.
 COLOURS = {"live": "#0072b2", "kept": "#e69f00", "constant": "#a9d5f2", "dead": "#a0a0a0"}
 COLOURS_IN_THE_DARK = {
-    "live": "#56b4e9", "kept": "#e69f00", "constant": "#1f5478", "dead": "#666666",
+    "live": "#56b4e9",
+    "kept": "#e69f00",
+    "constant": "#1f5478",
+    "dead": "#666666",
 }
 LABELS = {
     "live": "live",
@@ -148,8 +151,15 @@ def _lying(axes: Any, layers: Sequence[Layer], fates: Sequence[Fate]) -> None:
         text = f"{layer.outputs:,}"
         if layer.removed:
             text += f" → {layer.outputs_after:,}"
-        axes.annotate(text, (layer.outputs, row), (4, 0), textcoords="offset points",
-                      va="center_baseline", size=8, color="#555555")
+        axes.annotate(
+            text,
+            (layer.outputs, row),
+            (4, 0),
+            textcoords="offset points",
+            va="center_baseline",
+            size=8,
+            color="#555555",
+        )
     axes.set_yticks(rows, [shortened(layer.name) for layer in layers], size=8)
     axes.set_xticks([])
     axes.tick_params(length=0)

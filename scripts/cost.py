@@ -1,8 +1,8 @@
 """What the tool itself costs: time on chains of growing length, or a whole process on one file.
 
-    python scripts/cost.py chains          seconds per node for 100 to 10,000 nodes
-    python scripts/cost.py process FILE    wall time and peak memory of the whole process, beside
-                                           onnxslim's (with its own check) if that is installed
+python scripts/cost.py chains          seconds per node for 100 to 10,000 nodes
+python scripts/cost.py process FILE    wall time and peak memory of the whole process, beside
+                                       onnxslim's (with its own check) if that is installed
 """
 
 from __future__ import annotations

@@ -69,9 +69,7 @@ def measure(name: str, protocol: str) -> list[str]:
     import onnx_simplify
 
     with tempfile.TemporaryDirectory() as folder:
-        _, report = onnx_simplify.simplify(
-            quantized(name, protocol, Path(folder)), benchmark=True
-        )
+        _, report = onnx_simplify.simplify(quantized(name, protocol, Path(folder)), benchmark=True)
     assert report.benchmark is not None and report.verification is not None
     before, after = report.before, report.after
     dense, small = (report.benchmark[key].median for key in ("dense", "simplified"))

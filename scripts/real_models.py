@@ -135,16 +135,18 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     lines = []
     for name, row in rows.items():
         times = [row["times"][key]["median"] for key in ("dense", "simplified")]
-        lines.append([
-            name.replace("/", ": "),
-            _change(row["bytes"], 1e6, 2),
-            _change(row["parameters"], 1e6, 2),
-            "" if None in row["macs"] else _change(row["macs"], 1e9, 3),
-            _change(times, 1, 2),
-            f"{times[0] / times[1]:.2f}x",
-            f"{row['error']:.0e}",
-            "none",
-        ])
+        lines.append(
+            [
+                name.replace("/", ": "),
+                _change(row["bytes"], 1e6, 2),
+                _change(row["parameters"], 1e6, 2),
+                "" if None in row["macs"] else _change(row["macs"], 1e9, 3),
+                _change(times, 1, 2),
+                f"{times[0] / times[1]:.2f}x",
+                f"{row['error']:.0e}",
+                "none",
+            ]
+        )
     return publish.markdown(header, lines)
 
 

@@ -27,9 +27,22 @@ from onnx_simplify.planning import profiles
 from onnx_simplify.runtime.benchmark import time_models
 
 NAMES = (
-    "alexnet", "vgg11_bn", "resnet18", "resnet50", "squeezenet1_1", "densenet121", "inception_v3",
-    "googlenet", "shufflenet_v2_x0_5", "shufflenet_v2_x1_0", "mobilenet_v2", "mobilenet_v3_small",
-    "mobilenet_v3_large", "resnext50_32x4d", "mnasnet0_5", "mnasnet1_0",
+    "alexnet",
+    "vgg11_bn",
+    "resnet18",
+    "resnet50",
+    "squeezenet1_1",
+    "densenet121",
+    "inception_v3",
+    "googlenet",
+    "shufflenet_v2_x0_5",
+    "shufflenet_v2_x1_0",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "mobilenet_v3_large",
+    "resnext50_32x4d",
+    "mnasnet0_5",
+    "mnasnet1_0",
 )
 PATTERNS = {"30%": 0.3, "37.5%": 0.375, "50%": 0.5, "70%": 0.7, "90%": 0.9, "uneven": None}
 Row = dict[str, Any]
@@ -96,8 +109,10 @@ def table(rows: dict[str, Row], names: list[str], patterns: list[str]) -> str:
     mean = ["geometric mean"]
     for pattern in patterns:
         found = [rows[f"{name} {pattern}"] for name in names]
-        ratios = [geometric_mean([speedup(r, "simplified", base) or 1 for r in found])
-                  for base in ("dense", "fewest")]
+        ratios = [
+            geometric_mean([speedup(r, "simplified", base) or 1 for r in found])
+            for base in ("dense", "fewest")
+        ]
         mean.append(f"**{ratios[0]:.2f}x ({ratios[1]:.2f})**")
     return publish.markdown(["architecture", *patterns], [*lines, mean])
 
@@ -142,9 +157,7 @@ def main() -> int:
     env = publish.environment("torch", "torchvision", "onnx", "onnxruntime")
     results = publish.Results(section, settings, env, options.fresh)
     keys = [f"{name} {pattern}" for name in names for pattern in options.patterns]
-    run = partial(
-        measure, threads=options.threads, batch=options.batch, rounds=options.rounds
-    )
+    run = partial(measure, threads=options.threads, batch=options.batch, rounds=options.rounds)
     for key in publish.progress(keys, list(results.rows)):
         results.add(key, run(*key.split(" ")))
     text = table(results.rows, names, options.patterns)

@@ -295,9 +295,7 @@ def with_outputs(model: ModelProto, *names: str) -> ModelProto:
     return copy
 
 
-def random_feeds(
-    model: ModelProto, count: int = 2, *, seed: int = 7, **sizes: int
-) -> list[Feeds]:
+def random_feeds(model: ModelProto, count: int = 2, *, seed: int = 7, **sizes: int) -> list[Feeds]:
     """Inputs N(0, 1) for a model; free dimensions are 2, or the size given for their symbol."""
     rng = np.random.default_rng(seed)
     weights = {t.name for t in model.graph.initializer}

@@ -33,9 +33,7 @@ class Result:
 @pytest.fixture(autouse=True)
 def processor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plan alike on every machine: keep channels where that is free, add maps elsewhere."""
-    plain = profiles.Profile(
-        "generic", 4, 4, map_cost=1e-9, map_start_cost=1e-9, rearrange=False
-    )
+    plain = profiles.Profile("generic", 4, 4, map_cost=1e-9, map_start_cost=1e-9, rearrange=False)
     monkeypatch.setattr(profiles, "detect", lambda: plain)
 
 

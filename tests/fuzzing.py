@@ -162,20 +162,20 @@ def jitter(model: onnx.ModelProto, feed: dict[str, np.ndarray], output: int) -> 
     """How much an output changes where inputs change by rounding."""
     random, feeds = np.random.default_rng(0), [feed]
     for _ in range(8):
-        feeds.append({
-            n: (v * (1 + 3e-7 * random.standard_normal(v.shape))).astype(v.dtype)
-            if v.dtype.kind == "f"
-            else v
-            for n, v in feed.items()
-        })
+        feeds.append(
+            {
+                n: (v * (1 + 3e-7 * random.standard_normal(v.shape))).astype(v.dtype)
+                if v.dtype.kind == "f"
+                else v
+                for n, v in feed.items()
+            }
+        )
     first, *others = run(model, feeds)
     assert first is not None
     return max(difference(first[output], o[output]) if o else float("inf") for o in others)
 
 
-def _overflows_as_told(
-    model: onnx.ModelProto, result: onnx.ModelProto, notes: list[str]
-) -> bool:
+def _overflows_as_told(model: onnx.ModelProto, result: onnx.ModelProto, notes: list[str]) -> bool:
     """Whether large inputs give the same, or a note says that it differs where it is not finite."""
     feeds = [random_feeds(model, k, scale=100.0) for k in range(4)]
     told = any(re.search("finite|overflow|NaN", note) for note in notes)
@@ -195,9 +195,13 @@ def says_nothing(model: onnx.ModelProto) -> bool:
     feed = random_feeds(model, 1)
     other = {n: v[..., ::-1] * 2 if v.dtype.kind == "f" and v.ndim else v for n, v in feed.items()}
     first, second = run(model, [feed, other])
-    return first is None or second is None or any(
-        np.size(a) == 0 or np.array_equal(a, b, equal_nan=np.asarray(a).dtype.kind == "f")
-        for a, b in zip(first, second, strict=True)
+    return (
+        first is None
+        or second is None
+        or any(
+            np.size(a) == 0 or np.array_equal(a, b, equal_nan=np.asarray(a).dtype.kind == "f")
+            for a, b in zip(first, second, strict=True)
+        )
     )
 
 
@@ -224,9 +228,7 @@ def run(
     return found
 
 
-def difference(
-    first: object, second: object, ties: bool = False, least: float = 0.0
-) -> float:
+def difference(first: object, second: object, ties: bool = False, least: float = 0.0) -> float:
     """Relative error of an output; infinity where something differs that is no rounding.
 
     That is: types, shapes, lengths, places and signs of what is not finite, and (without ``ties``)

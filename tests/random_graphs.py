@@ -286,8 +286,14 @@ class Builder:
         return self.ops(1, kind, *operands, **attrs)[0]
 
     def ops(
-        self, outputs: int, kind: str, *operands: Tensor | None, captures: Sequence[Tensor] = (),
-        keep: bool = True, loose: bool = False, **attrs: Any,
+        self,
+        outputs: int,
+        kind: str,
+        *operands: Tensor | None,
+        captures: Sequence[Tensor] = (),
+        keep: bool = True,
+        loose: bool = False,
+        **attrs: Any,
     ) -> list[Tensor]:
         """Append a node, run it on the probes, and put its outputs into the pool.
 

@@ -103,7 +103,12 @@ def cropped(b: Builder) -> None:
     sizes = b.op("Concat", start, b.ints(b.many(range(3, 8), 2)), axis=0)
     empty = None if b.opset >= 13 else b.const(np.zeros(0), np.float32)
     y = b.op(
-        "Resize", y, roi, empty, sizes, mode=b.choose(["linear", "nearest"]),
+        "Resize",
+        y,
+        roi,
+        empty,
+        sizes,
+        mode=b.choose(["linear", "nearest"]),
         extrapolation_value=b.choose([0.0, 7.0]),
         coordinate_transformation_mode="tf_crop_and_resize",
     )
@@ -313,9 +318,7 @@ def detector(b: Builder) -> None:
         return
     good = b.op("Greater", scores, b.const(0.5), keep=False)
     if pick == "compress":
-        b.wanted += [
-            b.ops(1, "Compress", t, good, axis=0, loose=True)[0] for t in (boxes, scores)
-        ]
+        b.wanted += [b.ops(1, "Compress", t, good, axis=0, loose=True)[0] for t in (boxes, scores)]
         return
     rows = b.ops(1, "NonZero", good, loose=True)[0]
     if pick == "gather":
@@ -490,7 +493,29 @@ def _target(b: Builder, batch: Tensor, *sizes: int) -> Tensor:
 
 
 TWISTS: tuple[Callable[[Builder], None], ...] = (
-    sliced_shape, sliced, cropped, resized, padded, clipped, top, axes, split_sizes, gathered,
-    dropped, tiled, viewed, integers, integers, masked_overflow, detector, detector, tiny,
-    computed_weight, computed_weight, open_weight, passed_through, view_of_input, view_of_input,
+    sliced_shape,
+    sliced,
+    cropped,
+    resized,
+    padded,
+    clipped,
+    top,
+    axes,
+    split_sizes,
+    gathered,
+    dropped,
+    tiled,
+    viewed,
+    integers,
+    integers,
+    masked_overflow,
+    detector,
+    detector,
+    tiny,
+    computed_weight,
+    computed_weight,
+    open_weight,
+    passed_through,
+    view_of_input,
+    view_of_input,
 )

@@ -136,9 +136,7 @@ def test_pinned_tensors_keep_their_values(model):
         ({"input_data": {"image": np.zeros((1, 4, 12, 12), np.float32)}}, ModelError),
         ({"rtol": 1e-14}, VerificationError),
     ],
-    ids=(
-        "pin pass target input-name rank size no-data data-rank data-size tolerance"
-    ).split(),
+    ids=("pin pass target input-name rank size no-data data-rank data-size tolerance").split(),
 )
 def test_bad_arguments(model, arguments, error):
     with pytest.raises(error) as caught:
@@ -321,9 +319,11 @@ def test_propagate_bias(model, fold):
         dead = dead_filters(model, filters)
         assert len(dead) and not initializer(result, reader)[:, dead].any()
         live = np.setdiff1d(np.arange(initializer(result, reader).shape[1]), dead)
-        assert initializer(result, reader)[:, live].any(
-            axis=tuple(k for k in range(initializer(result, reader).ndim) if k != 1)
-        ).all()
+        assert (
+            initializer(result, reader)[:, live]
+            .any(axis=tuple(k for k in range(initializer(result, reader).ndim) if k != 1))
+            .all()
+        )
 
 
 def test_propagate_bias_for_any_size():

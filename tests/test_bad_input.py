@@ -374,8 +374,13 @@ def test_the_missing_tensor_is_named(refuses, folder, name):
 def test_names_that_are_no_unicode(refuses, folder, field):
     model = small_cnn().model()
     helper.set_model_props(model, {"key": "QQQQ"})
-    place = {"node": "relu1", "tensor": "relu1.out", "dimension": "batch",
-             "initializer": "conv2.weight", "metadata": "QQQQ"}[field].encode()
+    place = {
+        "node": "relu1",
+        "tensor": "relu1.out",
+        "dimension": "batch",
+        "initializer": "conv2.weight",
+        "metadata": "QQQQ",
+    }[field].encode()
     data = model.SerializeToString().replace(place, b"\xff" * len(place))
     (folder / "in.onnx").write_bytes(data)
     refuses(folder / "in.onnx", folder / "out.onnx")
@@ -744,8 +749,17 @@ def test_wrong_input_shape(refuses, folder, shape):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "image", ":1,3", "image:x", "image:1,3,,12", "image:0,3,12,12", "image:-1,3,12,12",
-     "image:1.5,3,12,12", "image=1,3,12,12"],
+    [
+        "",
+        "image",
+        ":1,3",
+        "image:x",
+        "image:1,3,,12",
+        "image:0,3,12,12",
+        "image:-1,3,12,12",
+        "image:1.5,3,12,12",
+        "image=1,3,12,12",
+    ],
 )
 def test_garbled_input_shape(cli, folder, text):
     before = snapshot(folder)
@@ -819,8 +833,14 @@ def test_input_data_without_any_sample(refuses, folder):
 @pytest.mark.parametrize("source", ["no/such/file.onnx", b"", b"garbage", ModelProto()], ids=repr)
 @pytest.mark.parametrize(
     "function",
-    ["simplify", "fold_batchnorm", "propagate_bias", "remove_zeroed", "get_bn_folding",
-     "get_pinned"],
+    [
+        "simplify",
+        "fold_batchnorm",
+        "propagate_bias",
+        "remove_zeroed",
+        "get_bn_folding",
+        "get_pinned",
+    ],
 )
 def test_every_function_refuses(source, function):
     with pytest.raises(ModelError) as caught:

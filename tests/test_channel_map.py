@@ -79,9 +79,7 @@ def test_every_channel_is_counted_once() -> None:
         assert counts.constant <= constant
 
 
-@pytest.mark.parametrize(
-    ("multiple", "first"), [(1, Fate(8, 0, 3, 1)), (10, Fate(8, 2, 1, 1))]
-)
+@pytest.mark.parametrize(("multiple", "first"), [(1, Fate(8, 0, 3, 1)), (10, Fate(8, 2, 1, 1))])
 def test_a_model_with_every_kind(multiple: int, first: Fate) -> None:
     _, report = simplify(network(), channel_multiple=multiple)
     found = {x.name: fate(x) for x in report.layers}
@@ -149,7 +147,10 @@ def test_the_page_shows_the_counts() -> None:
         "a (Conv)\n1,200 channels, 1,170 after\nlive 1,168, kept 2, constant 22, dead 8"
     )
     assert page.parts[0] == [
-        ("live", "flex: 1168"), ("kept", "flex: 2"), ("constant", "flex: 22"), ("dead", "flex: 8"),
+        ("live", "flex: 1168"),
+        ("kept", "flex: 2"),
+        ("constant", "flex: 22"),
+        ("dead", "flex: 8"),
     ]
     assert page.parts[1] == [("live", "flex: 600")]
     assert '<div style="width: 50.00%"><i class="live" style="flex: 600">' in text
@@ -221,7 +222,9 @@ def test_the_script_writes_both_files(
     monkeypatch.chdir(tmp_path)
     assert channel_map.main(["models/net.v1.onnx"]) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "models", "net.v1-channels.html", "net.v1-channels.png",
+        "models",
+        "net.v1-channels.html",
+        "net.v1-channels.png",
     ]
     assert (tmp_path / "net.v1-channels.png").read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "net.v1-channels.html").read_text(encoding="utf-8")

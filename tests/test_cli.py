@@ -157,9 +157,25 @@ def test_json_agrees_with_the_table(cli, path):
     rows = table(cli(path, out, "--json", target, "--benchmark").out)
     found = report(target)
     assert set(found) >= {
-        "version", "input", "output", "before", "after", "layers", "batchnorms_folded", "opaque",
-        "input_shapes", "target", "verification", "benchmark", "seconds", "notes",
-        "channels_removed", "speedup", "plan", "plans", "threshold",
+        "version",
+        "input",
+        "output",
+        "before",
+        "after",
+        "layers",
+        "batchnorms_folded",
+        "opaque",
+        "input_shapes",
+        "target",
+        "verification",
+        "benchmark",
+        "seconds",
+        "notes",
+        "channels_removed",
+        "speedup",
+        "plan",
+        "plans",
+        "threshold",
     }
     assert found["version"] == onnx_simplify.__version__
     assert (found["input"], found["output"]) == (str(path), str(out))
@@ -571,8 +587,9 @@ def test_save_external_data(cli, sample, sample_model, tmp_path):
     assert cli(sample, out, "--save-external-data", "--json", target).code == 0
     assert sorted(files(tmp_path)) == ["out.onnx", "out.onnx.data", "report.json"]
     skeleton = onnx.load(out, load_external_data=False)
-    locations = {e.value for t in skeleton.graph.initializer for e in t.external_data
-                 if e.key == "location"}
+    locations = {
+        e.value for t in skeleton.graph.initializer for e in t.external_data if e.key == "location"
+    }
     assert locations == {"out.onnx.data"}
     assert out.stat().st_size < 40_000
     sizes = [p.stat().st_size for p in (out, tmp_path / "out.onnx.data")]

@@ -27,56 +27,103 @@ BOX = [0, 0, 0.2, 0.2, 1, 1, 0.9, 0.9], [0, 0, -0.5, 0.1, 1, 1, 1.5, 0.8], [0, 0
 
 OPERATORS = {
     "resize roi": (
-        lambda g, y, e: resize(g, y, e, 1, mode="linear", **CROP), (8,), np.float32, BOX,
+        lambda g, y, e: resize(g, y, e, 1, mode="linear", **CROP),
+        (8,),
+        np.float32,
+        BOX,
     ),
     "resize roi, nearest": (
-        lambda g, y, e: resize(g, y, e, 1, mode="nearest", **CROP), (8,), np.float32, BOX,
+        lambda g, y, e: resize(g, y, e, 1, mode="nearest", **CROP),
+        (8,),
+        np.float32,
+        BOX,
     ),
     "resize scales": (
         lambda g, y, e: resize(g, y, e, 2, mode="linear"),
-        (4,), np.float32, ([1, 1, 1, 1], [1, 1, 1.5, 1.25], [1, 1, 0.5, 0.7]),
+        (4,),
+        np.float32,
+        ([1, 1, 1, 1], [1, 1, 1.5, 1.25], [1, 1, 0.5, 0.7]),
     ),
     "resize sizes": (
         lambda g, y, e: resize(g, y, e, 3, mode="linear"),
-        (4,), INT, ([1, 8, 8, 8], [1, 8, 5, 11], [1, 8, 16, 3]),
+        (4,),
+        INT,
+        ([1, 8, 8, 8], [1, 8, 5, 11], [1, 8, 16, 3]),
     ),
     "pad amounts": (
         lambda g, y, e: g.op("Pad", y, e),
-        (8,), INT, ([0] * 8, [0, 0, 1, 2, 0, 0, 3, 0], [0, 0, 0, 0, 0, 0, 1, 1]),
+        (8,),
+        INT,
+        ([0] * 8, [0, 0, 1, 2, 0, 0, 3, 0], [0, 0, 0, 0, 0, 0, 1, 1]),
     ),
     "pad value": (
         lambda g, y, e: g.op("Pad", y, np.array([0, 0, 1, 1, 0, 0, 1, 1]), e),
-        (), np.float32, (0.0, 3.0, -7.0),
+        (),
+        np.float32,
+        (0.0, 3.0, -7.0),
     ),
     "clip bound": (lambda g, y, e: g.op("Clip", y, e), (), np.float32, (-9.0, 0.0, 0.7)),
     "slice starts": (
         lambda g, y, e: g.op("Slice", y, e, np.array([8]), np.array([2])),
-        (1,), INT, ([0], [2], [-3]),
+        (1,),
+        INT,
+        ([0], [2], [-3]),
     ),
     "slice ends": (
         lambda g, y, e: g.op("Slice", y, np.array([0]), e, np.array([2])),
-        (1,), INT, ([8], [2], [-3]),
+        (1,),
+        INT,
+        ([8], [2], [-3]),
     ),
     "slice axes": (
         lambda g, y, e: g.op("Slice", y, np.array([1]), np.array([8]), e),
-        (1,), INT, ([2], [3], [-1]),
+        (1,),
+        INT,
+        ([2], [3], [-1]),
     ),
     "slice steps": (
         lambda g, y, e: g.op("Slice", y, np.array([0]), np.array([8]), np.array([2]), e),
-        (1,), INT, ([1], [2], [3]),
+        (1,),
+        INT,
+        ([1], [2], [3]),
     ),
     "gather indices": (
-        lambda g, y, e: g.op("Gather", y, e, axis=2), (3,), INT, ([0, 1, 2], [7, 7, 0], [-1, 3, 3]),
+        lambda g, y, e: g.op("Gather", y, e, axis=2),
+        (3,),
+        INT,
+        ([0, 1, 2], [7, 7, 0], [-1, 3, 3]),
     ),
     "tile repeats": (
-        lambda g, y, e: g.op("Tile", y, e), (4,), INT, ([1, 1, 1, 1], [1, 1, 2, 1], [1, 1, 1, 3]),
+        lambda g, y, e: g.op("Tile", y, e),
+        (4,),
+        INT,
+        ([1, 1, 1, 1], [1, 1, 2, 1], [1, 1, 1, 3]),
     ),
     "dropout ratio": (lambda g, y, e: g.op("Dropout", y, e), (), np.float32, (0.0, 0.5, 0.9)),
     "sum of a part of the shape": (
-        lambda g, y, e: g.op("Mul", y, g.op("Cast", g.op("ReduceMax", g.op(
-            "Slice", g.op("Shape", g.op("Transpose", y, perm=[1, 0, 2, 3])), np.array([0]),
-            np.array([4]), np.array([0]), e), keepdims=0), to=1)),
-        (1,), INT, ([1], [2], [3]),
+        lambda g, y, e: g.op(
+            "Mul",
+            y,
+            g.op(
+                "Cast",
+                g.op(
+                    "ReduceMax",
+                    g.op(
+                        "Slice",
+                        g.op("Shape", g.op("Transpose", y, perm=[1, 0, 2, 3])),
+                        np.array([0]),
+                        np.array([4]),
+                        np.array([0]),
+                        e,
+                    ),
+                    keepdims=0,
+                ),
+                to=1,
+            ),
+        ),
+        (1,),
+        INT,
+        ([1], [2], [3]),
     ),
 }
 
@@ -105,8 +152,9 @@ def test_computed_is_not_absent(name, overridable):
     model, values = network(name, overridable)
     data = np.random.default_rng(0).standard_normal((1, 3, 8, 8)).astype(np.float32)
     result, _ = onnx_simplify.simplify(
-        model, channel_multiple=1, input_data={"x": data, "extra": values[0]} if not overridable
-        else {"x": data},
+        model,
+        channel_multiple=1,
+        input_data={"x": data, "extra": values[0]} if not overridable else {"x": data},
     )
     assert_same_function(model, result, [{"x": data, "extra": v} for v in values])
 
@@ -138,8 +186,10 @@ def test_shapes_cut_at_run_time(what, overridable):
     [
         np.int64,
         np.int32,
-        *(pytest.param(t, marks=needs_onnxruntime("1.23", "no sums of unsigned integers"))
-          for t in (np.uint64, np.uint32)),
+        *(
+            pytest.param(t, marks=needs_onnxruntime("1.23", "no sums of unsigned integers"))
+            for t in (np.uint64, np.uint32)
+        ),
     ],
 )
 @pytest.mark.parametrize(

@@ -289,8 +289,15 @@ def scalar(g: Graph) -> None:
 
 @pytest.mark.parametrize(
     "grow",
-    [reciprocal_of_size, logarithm, permutation, past_and_present, empty_cache, equal_lengths,
-     scalar],
+    [
+        reciprocal_of_size,
+        logarithm,
+        permutation,
+        past_and_present,
+        empty_cache,
+        equal_lengths,
+        scalar,
+    ],
 )
 def test_inputs_are_found(grow):
     g = Graph(opset=17)
@@ -361,8 +368,11 @@ def test_a_loop_without_end(monkeypatch):
     body = helper.make_graph(
         [helper.make_node("Identity", ["go"], ["on"]), helper.make_node("Tanh", ["s"], ["t"])],
         "body",
-        [info("step", TensorProto.INT64, []), info("go", TensorProto.BOOL, []),
-         info("s", TensorProto.FLOAT, None)],
+        [
+            info("step", TensorProto.INT64, []),
+            info("go", TensorProto.BOOL, []),
+            info("s", TensorProto.FLOAT, None),
+        ],
         [info("on", TensorProto.BOOL, []), info("t", TensorProto.FLOAT, None)],
     )
     g.output(g.op("Loop", np.array(2**62), np.array(True), y, body=body), shape=["n", 16, 8, 8])

@@ -118,9 +118,7 @@ STATIC = {
     "split": (lambda g, y: g.op("Concat", *g.op("Split", y, outputs=2, axis=1), axis=1), 5),
     "gather": (lambda g, y: g.op("Gather", y, np.array([7, 0, 3, 3, 1]), axis=1), 3),
     "step": (
-        lambda g, y: g.op(
-            "Slice", y, np.array([7]), np.array([-9]), np.array([1]), np.array([-2])
-        ),
+        lambda g, y: g.op("Slice", y, np.array([7]), np.array([-9]), np.array([1]), np.array([-2])),
         3,
     ),
     "space to depth": (lambda g, y: g.op("SpaceToDepth", y, blocksize=2), 5),
@@ -129,9 +127,7 @@ STATIC = {
         5,
     ),
     "average with padding": (
-        lambda g, y: g.op(
-            "AveragePool", y, kernel_shape=[3, 3], pads=[1] * 4, count_include_pad=1
-        ),
+        lambda g, y: g.op("AveragePool", y, kernel_shape=[3, 3], pads=[1] * 4, count_include_pad=1),
         5,
     ),
 }

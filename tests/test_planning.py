@@ -45,9 +45,7 @@ def separable(channels: int = 24, kernel: int = 3, stride: int = 1, size: int = 
     x = g.op("Relu", g.batchnorm(x, channels))
     pads = [kernel // 2] * 4
     weight = pruned(g.normal(channels, 1, kernel, kernel), range(0, channels, 3))
-    x = g.conv(
-        x, weight, g.normal(channels), pads=pads, strides=[stride] * 2, group=channels
-    )
+    x = g.conv(x, weight, g.normal(channels), pads=pads, strides=[stride] * 2, group=channels)
     x = g.op("Clip", g.batchnorm(x, channels), np.array(0, np.float32), np.array(6, np.float32))
     g.output(g.conv(x, g.normal(12, channels, 1, 1), g.normal(12)))
     return g.model()
@@ -86,9 +84,15 @@ def test_no_map_is_added_for_channels_that_nobody_reads(plan):
     assert maps(result) == 1  # of the pointwise convolution behind
 
 
-@pytest.mark.parametrize("kernel, options, expected", [
-    (1, {}, 16), (3, {}, 8), (1, {"channel_multiple": 4}, 8), (1, {"channel_multiple": 1}, 7),
-])
+@pytest.mark.parametrize(
+    "kernel, options, expected",
+    [
+        (1, {}, 16),
+        (3, {}, 8),
+        (1, {"channel_multiple": 4}, 8),
+        (1, {"channel_multiple": 1}, 7),
+    ],
+)
 def test_a_pointwise_convolution_reads_whole_blocks(plan, kernel, options, expected):
     # Reading 8 channels takes a 1x1 convolution longer than reading a block of 16.
     g = Graph()

@@ -188,8 +188,13 @@ def test_streams_that_do_not_fit(refuses, given, path, tmp_path, monkeypatch):
 @pytest.mark.parametrize("options", [["-"], ["{out}", "--json", "-"]], ids=" ".join)
 def test_full_standard_output(path, options):
     out = path.with_name("out.onnx")
-    process = start("-m", "onnx_simplify", path, *(o.replace("{out}", str(out)) for o in options),
-                    stdout=open("/dev/full", "w"))
+    process = start(
+        "-m",
+        "onnx_simplify",
+        path,
+        *(o.replace("{out}", str(out)) for o in options),
+        stdout=open("/dev/full", "w"),
+    )
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2 and err.count("\n") == 1
     assert os.strerror(errno.ENOSPC) in err
@@ -323,8 +328,6 @@ def test_interrupt_at_any_time(tmp_path, sample, send):
         codes.add(process.returncode)
         assert os.listdir(tmp_path) == ["out.onnx"]
     assert 2 in codes
-
-
 
 
 def in_isolation(work: str) -> subprocess.Popen[str]:

@@ -269,9 +269,7 @@ def test_arithmetic(axis, kind):
     (expected,) = ort.InferenceSession(g.model().SerializeToString()).run(None, {})
     np.testing.assert_array_equal(values.load(), expected)
     kept = {0: np.array([5, 0, 2]), 1: np.array([3, 1])}
-    np.testing.assert_array_equal(
-        values.compress(kept).load(), expected[np.ix_(kept[0], kept[1])]
-    )
+    np.testing.assert_array_equal(values.compress(kept).load(), expected[np.ix_(kept[0], kept[1])])
     steps = values.steps()
     np.testing.assert_array_equal(values.restored(steps).stored, stored)
     steps[:, 2] = 0

@@ -209,8 +209,9 @@ def test_volumes_are_small():
     y = g.op("Relu", g.conv(y, weight, g.normal(16), pads=[1] * 6))
     g.output(g.conv(y, g.normal(4, 16, 1, 1, 1)))
     _, report = onnx_simplify.simplify(g.model())
-    assert all(np.prod([v for k, v in s.items() if k != "n"]) <= 2**18
-               for s in report.verification.sizes)
+    assert all(
+        np.prod([v for k, v in s.items() if k != "n"]) <= 2**18 for s in report.verification.sizes
+    )
 
 
 def with_bodies() -> ModelProto:
@@ -221,9 +222,7 @@ def with_bodies() -> ModelProto:
     names = [g.const(g.normal(4, 16, 1, 1), f"kernel_{k}") for k in "hgfedcba"]
     branches = []
     for k in (0, 4):
-        nodes = [
-            helper.make_node("Conv", [y, name], [f"{k}.{name}"]) for name in names[k : k + 4]
-        ]
+        nodes = [helper.make_node("Conv", [y, name], [f"{k}.{name}"]) for name in names[k : k + 4]]
         total = helper.make_node("Sum", [f"{k}.{n}" for n in names[k : k + 4]], [f"sum.{k}"])
         info = helper.make_tensor_value_info(f"sum.{k}", TensorProto.FLOAT, None)
         branches.append(helper.make_graph([*nodes, total], f"branch{k}", [], [info]))

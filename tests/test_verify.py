@@ -228,7 +228,6 @@ def test_infinity_inside_is_noted(kind):
         assert kind == "Reciprocal"
 
 
-
 @pytest.mark.parametrize(
     "kind, jumps",
     [("MaxPool", False), ("Relu", False), ("Floor", True), ("Cast", True), ("Shape", False)],

@@ -164,8 +164,7 @@ class Facts:
         """Names of the tensors that may have some of these labels (their ranges overlap)."""
         names, lowest, highest = self._ranges
         return [
-            names[k]
-            for k in np.flatnonzero((lowest <= labels.max()) & (highest >= labels.min()))
+            names[k] for k in np.flatnonzero((lowest <= labels.max()) & (highest >= labels.min()))
         ]
 
     @cached_property

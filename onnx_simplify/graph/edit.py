@@ -72,9 +72,7 @@ def consumers(model: Model) -> Readers:
 def shares_weights(readers: Readers, node: gs.Node) -> bool:
     """Whether a node reads an initializer, of some size, that others read as well."""
     return any(
-        isinstance(t, gs.Constant)
-        and int(np.prod(t.shape)) > _SMALL
-        and len(readers[t.name]) > 1
+        isinstance(t, gs.Constant) and int(np.prod(t.shape)) > _SMALL and len(readers[t.name]) > 1
         for t in node.inputs
     )
 

@@ -102,9 +102,7 @@ class Model:
         }
         captured = frozenset().union(*self._captured.values())
         self._captured_constants = {
-            n: gs.Constant(n, arrays[n])
-            for n in captured - set(self.overridable)
-            if n in arrays
+            n: gs.Constant(n, arrays[n]) for n in captured - set(self.overridable) if n in arrays
         }
         for node in self.graph.nodes:
             _adopt_constant_attributes(node)
@@ -728,9 +726,7 @@ def _view(tensor: TensorProto, raw: np.ndarray) -> np.ndarray:
         ) from error
 
 
-def _read(
-    tensor: TensorProto, folder: Path | None, files: dict[Path, np.ndarray]
-) -> np.ndarray:
+def _read(tensor: TensorProto, folder: Path | None, files: dict[Path, np.ndarray]) -> np.ndarray:
     """The values of an initializer; files of external data are mapped once, into ``files``."""
     if tensor.data_location != TensorProto.EXTERNAL:
         try:

@@ -20,9 +20,7 @@ class Patterns:
         """Nothing is known yet."""
         self._known: dict[str, tuple[gs.Constant, dict[Form, np.ndarray]]] = {}
 
-    def get(
-        self, tensor: gs.Constant, form: Form, compute: Callable[[], np.ndarray]
-    ) -> np.ndarray:
+    def get(self, tensor: gs.Constant, form: Form, compute: Callable[[], np.ndarray]) -> np.ndarray:
         """The pattern of an initializer.
 
         Args:

@@ -36,9 +36,7 @@ class Quantized(LazyValues):
         axis: the axis of ``stored`` that a vector of scales runs along.
     """
 
-    def __init__(
-        self, stored: np.ndarray, scale: np.ndarray, zero: np.ndarray | None, axis: int
-    ):
+    def __init__(self, stored: np.ndarray, scale: np.ndarray, zero: np.ndarray | None, axis: int):
         """Wrap the inputs of a ``DequantizeLinear``."""
         self.stored, self.scale, self.zero, self.axis = stored, scale, zero, axis
         self.shape, self.dtype = list(stored.shape), scale.dtype

@@ -68,8 +68,7 @@ def static_shapes(model: Model, input_shapes: Mapping[str, Sequence[int]]) -> di
     for name, info in _infer(model, input_shapes).items():
         if info.HasField("tensor_type") and info.tensor_type.HasField("shape"):
             found[name] = [
-                d.dim_value if d.HasField("dim_value") else None
-                for d in info.tensor_type.shape.dim
+                d.dim_value if d.HasField("dim_value") else None for d in info.tensor_type.shape.dim
             ]
     return found
 

@@ -359,9 +359,7 @@ def _pieces(proto: ModelProto, large: dict[str, gs.Constant]) -> Iterator[bytes 
         tensors += [length_prefix(INITIALIZER, len(head) + len(field) + raw.nbytes), head, field]
         tensors.append(raw)
     skeleton = graph.SerializeToString()
-    total = len(skeleton) + sum(
-        t.nbytes if isinstance(t, memoryview) else len(t) for t in tensors
-    )
+    total = len(skeleton) + sum(t.nbytes if isinstance(t, memoryview) else len(t) for t in tensors)
     yield rest.SerializeToString()
     yield length_prefix(GRAPH, total)
     yield skeleton

@@ -120,9 +120,7 @@ class Contraction(Operator):
         quantized = isinstance(tensor, QuantizedConstant)
         return self.to_canonical(tensor.quantized.steps() if quantized else tensor.values)
 
-    def _store(
-        self, weight: np.ndarray, put: Put, outs: np.ndarray | None = None
-    ) -> None:
+    def _store(self, weight: np.ndarray, put: Put, outs: np.ndarray | None = None) -> None:
         """Replace the weights by what :meth:`_stored` gave, some of it moved or set to zero.
 
         Args:

@@ -122,8 +122,11 @@ class Elementwise(Operator):
         for index, tensor in enumerate(self.inputs):
             if isinstance(tensor, gs.Constant):
                 offset = rank - len(tensor.shape)
-                own = {a - offset: k for a, k in taken.items()
-                       if a >= offset and tensor.shape[a - offset] > 1}
+                own = {
+                    a - offset: k
+                    for a, k in taken.items()
+                    if a >= offset and tensor.shape[a - offset] > 1
+                }
                 cut.slice(self.node, index, own)
 
     def wants_values(self, facts: Facts) -> list[int]:

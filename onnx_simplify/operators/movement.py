@@ -109,7 +109,6 @@ class Movement(Operator):
             masks[index] = found[start : start + size].reshape(shape)
         return masks
 
-
     def passed(self, facts: Facts, values: np.ndarray) -> np.ndarray | None:
         """Elements move as they are."""
         if not self.reorders:
@@ -261,8 +260,9 @@ class Tile(Movement):
         array = arrays[0]
         if repeats is None or len(repeats) != array.ndim or min(repeats) < 1:
             raise Unsupported("repeats are not known")
-        return [np.tile(array, [r if s > 1 else 1 for r, s in zip(repeats, array.shape,
-                                                                 strict=True)])]
+        return [
+            np.tile(array, [r if s > 1 else 1 for r, s in zip(repeats, array.shape, strict=True)])
+        ]
 
 
 class SpaceToDepth(Movement):

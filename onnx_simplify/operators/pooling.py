@@ -58,9 +58,7 @@ class Spatial(Operator):
     def level(self, facts: Facts) -> Masks:
         """Constants stay constant; as maps where positions differ and sizes are static."""
         source = self.inputs[0]
-        level = min_to(
-            facts.level[source.name], facts.layouts.of[self.outputs[0].name].shape
-        )
+        level = min_to(facts.level[source.name], facts.layouts.of[self.outputs[0].name].shape)
         output = facts.shape(self.outputs[0])
         if not is_static(output[2:]):
             level = np.where(level == MAP, VARYING, level)
@@ -228,11 +226,7 @@ class Pad(Operator):
         level = facts.level[source.name]
         shape = facts.layouts.of[self.outputs[0].name].shape
         amounts = self.amounts(facts.layouts)
-        axes = [
-            a
-            for a, s in enumerate(level.shape)
-            if s == 1 and amounts[a] != (0, 0)
-        ]
+        axes = [a for a, s in enumerate(level.shape) if s == 1 and amounts[a] != (0, 0)]
         known = not is_computed(self.node, 2)
         if not known and axes:
             level = np.full(level.shape, VARYING, np.int8)

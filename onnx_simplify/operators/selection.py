@@ -46,8 +46,7 @@ class Concat(Movement):
             parts.append(repeated(array, layouts.shape(tensor), [axis]))
         common = np.broadcast_shapes(*(p.shape[:axis] + (1,) + p.shape[axis + 1 :] for p in parts))
         parts = [
-            np.broadcast_to(p, common[:axis] + (p.shape[axis],) + common[axis + 1 :])
-            for p in parts
+            np.broadcast_to(p, common[:axis] + (p.shape[axis],) + common[axis + 1 :]) for p in parts
         ]
         return np.concatenate(parts, axis)
 

@@ -223,9 +223,7 @@ def fold_constants(model: Model, *, at_any_size: bool = False) -> None:
     remove_nodes(model, dead)
 
 
-def _fitting(
-    nodes: list[gs.Node], readers: Readers, sizes: Mapping[str, int]
-) -> set[int]:
+def _fitting(nodes: list[gs.Node], readers: Readers, sizes: Mapping[str, int]) -> set[int]:
     """Nodes (by ``id``) of computations whose results are no larger than what only they read.
 
     Args:

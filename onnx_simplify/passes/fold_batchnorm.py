@@ -135,10 +135,7 @@ def _folds_behind(model: Model, readers: Readers, node: gs.Node, bn: gs.Node) ->
         return False
     wiring = product.wiring
     channels = bn.inputs[1].values.size
-    return (
-        _is_channel_axis(result, wiring.axis_out)
-        and int(np.prod(product.dims[:2])) == channels
-    )
+    return _is_channel_axis(result, wiring.axis_out) and int(np.prod(product.dims[:2])) == channels
 
 
 def _is_channel_axis(tensor: gs.Tensor, axis: int) -> bool:

@@ -90,9 +90,7 @@ def _may_be_empty(model: Model) -> set[str]:
     return found
 
 
-def _target(
-    node: gs.Node, known: dict[str, np.ndarray], *, empty: bool
-) -> list[int] | None:
+def _target(node: gs.Node, known: dict[str, np.ndarray], *, empty: bool) -> list[int] | None:
     """A constant target that means the same as the computed one.
 
     Of nothing, no size can be inferred beside one of zero: where the input may be empty, a target

@@ -152,9 +152,7 @@ def _store_constant_results(facts: Facts) -> bool:
     return changed
 
 
-def _shape_nodes(
-    facts: Facts, tensor: gs.Tensor
-) -> tuple[gs.Tensor, list[gs.Node]] | None:
+def _shape_nodes(facts: Facts, tensor: gs.Tensor) -> tuple[gs.Tensor, list[gs.Node]] | None:
     """A tensor's shape as a vector, and what computes it from the graph's inputs.
 
     None if a size is not one of an input.
@@ -255,9 +253,7 @@ class Reader:
         return self.scalar | self.padded | self.mapped
 
 
-def alive_after(
-    facts: Facts, readers: list[Reader], *, decided: bool = False
-) -> np.ndarray:
+def alive_after(facts: Facts, readers: list[Reader], *, decided: bool = False) -> np.ndarray:
     """Labels that stay if everything that can be absorbed is, or all that it was decided to."""
     absorbed: Absorbed = {}
     for reader in readers:
@@ -270,9 +266,7 @@ def alive_after(
     return facts.alive(facts.need(absorbed))
 
 
-def _absorb(
-    facts: Facts, planner: Planner, readers: list[Reader], alive: np.ndarray
-) -> None:
+def _absorb(facts: Facts, planner: Planner, readers: list[Reader], alive: np.ndarray) -> None:
     """Absorb what makes channels removable.
 
     Args:
@@ -492,9 +486,7 @@ def basis(
     return index, weights, offsets
 
 
-def _rewrite(
-    facts: Facts, editor: Editor, reader: Reader, alive: np.ndarray
-) -> None:
+def _rewrite(facts: Facts, editor: Editor, reader: Reader, alive: np.ndarray) -> None:
     if not reader.absorb.any():
         return
     product = reader.product

@@ -20,7 +20,13 @@ from onnx_simplify.planning.profiles import Profile
 # Operators that onnxruntime runs in the blocked layout.
 _ACTIVATIONS = frozenset("Clip HardSigmoid HardSwish LeakyRelu Relu Sigmoid Tanh".split())
 _BLOCKED = _ACTIVATIONS | {
-    "Add", "AveragePool", "Concat", "Conv", "GlobalAveragePool", "MaxPool", "Mul",
+    "Add",
+    "AveragePool",
+    "Concat",
+    "Conv",
+    "GlobalAveragePool",
+    "MaxPool",
+    "Mul",
 }
 
 

@@ -65,9 +65,7 @@ def _chain(facts: Facts, last: Operator) -> list[Operator] | None:
     while chain and chain[-1].node.op != "Reshape":
         chain.pop()
     known = all(
-        facts.has(t) and not op.is_opaque
-        for op in chain
-        for t in (op.inputs[0], op.outputs[0])
+        facts.has(t) and not op.is_opaque for op in chain for t in (op.inputs[0], op.outputs[0])
     )
     return chain[::-1] if len(chain) > 2 and known else None
 

@@ -43,10 +43,7 @@ def split_sums(facts: Facts, planner: Planner) -> bool:
     model = facts.model
     # What stays if all constants are absorbed.
     alive = facts.alive(
-        {
-            name: need & (facts.level[name] == VARYING)
-            for name, need in facts.needed.items()
-        }
+        {name: need & (facts.level[name] == VARYING) for name, need in facts.needed.items()}
     )
     streams: dict[bytes, dict[str, tuple[gs.Tensor, Operand]]] = {}
     for op in facts.operators:

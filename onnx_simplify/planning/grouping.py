@@ -18,9 +18,7 @@ from onnx_simplify.planning.profiles import Profile
 _LARGEST = 8
 
 
-def merge_groups(
-    profile: Profile, facts: Facts, alive: np.ndarray
-) -> dict[Operator, Merger]:
+def merge_groups(profile: Profile, facts: Facts, alive: np.ndarray) -> dict[Operator, Merger]:
     """New groups for grouped convolutions, where they are faster than the trimmed old ones.
 
     Args:
@@ -46,17 +44,13 @@ def merge_groups(
         if taken & labels or set(source.tolist()) & set(result.tolist()):
             continue
         merger = _best(profile, facts, product, alive)
-        if merger is not None and all(
-            can_move(facts, s, {product}) for s in (source, result)
-        ):
+        if merger is not None and all(can_move(facts, s, {product}) for s in (source, result)):
             found[product] = merger
             taken |= labels
     return found
 
 
-def _best(
-    profile: Profile, facts: Facts, product: Contraction, alive: np.ndarray
-) -> Merger | None:
+def _best(profile: Profile, facts: Facts, product: Contraction, alive: np.ndarray) -> Merger | None:
     """The cheapest merger, if it is cheaper than trimming all groups to the widest."""
     layer = layer_of(product, facts)
     source, result = (s.reshape(layer.groups, -1) for s in product.channels(facts))
@@ -135,9 +129,7 @@ def pack(needs: Sequence[tuple[int, int]], room: tuple[int, int]) -> list[list[i
     return bins
 
 
-def _filled(
-    labels: np.ndarray, alive: np.ndarray, bins: list[np.ndarray], size: int
-) -> np.ndarray:
+def _filled(labels: np.ndarray, alive: np.ndarray, bins: list[np.ndarray], size: int) -> np.ndarray:
     """The channels of each bin in turn, filled up to ``size`` with dead ones.
 
     Args:

@@ -10,9 +10,7 @@ from onnx_simplify.operators.contraction import Contraction
 from onnx_simplify.planning.costs import Layer
 
 
-def layer_of(
-    product: Contraction, facts: Facts, alive: np.ndarray | None = None
-) -> Layer:
+def layer_of(product: Contraction, facts: Facts, alive: np.ndarray | None = None) -> Layer:
     """A product with constant weights as the cost model sees it.
 
     Args:
@@ -26,9 +24,7 @@ def layer_of(
     return Layer(groups, inputs, outputs, product.taps(), product.positions(facts)[1])
 
 
-def layers_at(
-    facts: Facts, labels: np.ndarray, side: int, alive: np.ndarray
-) -> list[Layer]:
+def layers_at(facts: Facts, labels: np.ndarray, side: int, alive: np.ndarray) -> list[Layer]:
     """The layers with one group that read (side 0) or make (side 1) some channels."""
     among = np.zeros(alive.size, bool)
     among[labels] = True

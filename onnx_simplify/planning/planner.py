@@ -53,9 +53,7 @@ class Planner:
         """New groups for convolutions where that is faster, see :func:`merge_groups`."""
         return merge_groups(self.profile, facts, alive)
 
-    def close(
-        self, facts: Facts, alive: np.ndarray
-    ) -> tuple[np.ndarray, dict[Operator, Merger]]:
+    def close(self, facts: Facts, alive: np.ndarray) -> tuple[np.ndarray, dict[Operator, Merger]]:
         """Decide which channels stay, see :meth:`Facts.close`, and which groups merge.
 
         Args:

@@ -184,9 +184,7 @@ def balance(needs: np.ndarray, groups: int, size: int, rooms: np.ndarray) -> np.
     return np.where(members < len(needs), members, -1)
 
 
-def merge_placements(
-    profile: Profile, facts: Facts, alive: np.ndarray
-) -> dict[Operator, Merger]:
+def merge_placements(profile: Profile, facts: Facts, alive: np.ndarray) -> dict[Operator, Merger]:
     """New groups for 1x1 convolutions that only put channels in their places.
 
     Args:
@@ -224,9 +222,7 @@ def _merge_stream(
         if not makers or not can_move(facts, source, products):
             continue
         used = product.used[0] & alive[source]
-        operands.append(
-            Operand(used.any(axis=1)[stay], makers[0], product.positions(facts)[1])
-        )
+        operands.append(Operand(used.any(axis=1)[stay], makers[0], product.positions(facts)[1]))
         places.append((product, source, used))
     if not operands:
         return {}

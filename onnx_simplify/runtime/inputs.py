@@ -178,8 +178,9 @@ def varied(
 def alike(sizes: Mapping[str, int]) -> list[dict[str, int]]:
     """Assignments that change all free dimensions in the same way, in case they are coupled."""
     changes = ((1, 32), (2, 0), (1, 1), (0.5, 0))
-    return [{n: max(1, round(s * factor) + step) for n, s in sizes.items()}
-            for factor, step in changes]
+    return [
+        {n: max(1, round(s * factor) + step) for n, s in sizes.items()} for factor, step in changes
+    ]
 
 
 def with_expressions(specs: Sequence[InputSpec], sizes: Mapping[str, int]) -> dict[str, int]:

@@ -65,7 +65,8 @@ def measured(facts: Facts, runs: Sequence[Feeds]) -> Facts:
                         dims = facts.shape(tensor_of[name])
                         # Shape inference and onnxruntime do not agree on everything.
                         as_expected = len(dims) == values.ndim and all(
-                            d == s for d, s in zip(dims, values.shape, strict=True)
+                            d == s
+                            for d, s in zip(dims, values.shape, strict=True)
                             if isinstance(d, int)
                         )
                         constants.record(name, constant & as_expected, values)
@@ -94,9 +95,7 @@ def _chains(facts: Facts, names: Collection[str]) -> dict[str, list[Operator]]:
     return found
 
 
-def _pass_on(
-    facts: Facts, constants: Constants, name: str, chain: list[Operator]
-) -> None:
+def _pass_on(facts: Facts, constants: Constants, name: str, chain: list[Operator]) -> None:
     """Take the constants of a tensor from before the poolings, which round."""
     source = chain[0].inputs[0].name
     if source not in constants.low or name not in constants.low:
@@ -160,6 +159,4 @@ def _agree(inferred: Sequence[int | None] | None, actual: Sequence[int], op: str
     if op not in ("Resize", "Upsample") and (inferred is None or None in inferred):
         # Sizes before a pooling are computed, and may be folded later.
         return False
-    return all(
-        size in (None, known) for size, known in zip(inferred or (), actual, strict=False)
-    )
+    return all(size in (None, known) for size, known in zip(inferred or (), actual, strict=False))

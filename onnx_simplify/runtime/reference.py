@@ -100,9 +100,7 @@ class Reference:
             for run in self.runs:
                 run.outputs = session.run(run.feeds)
 
-    def _run(
-        self, session: Session, data: Mapping[str, np.ndarray] | None, count: int
-    ) -> None:
+    def _run(self, session: Session, data: Mapping[str, np.ndarray] | None, count: int) -> None:
         if data is not None:
             self._run_data(session, data, count)
         else:
@@ -206,9 +204,7 @@ class Reference:
         first = self.runs[0]
         shapes = {n: v.shape[1:] for n, v in first.feeds.items()}
         other = [
-            r.feeds
-            for r in self.runs
-            if any(v.shape[1:] != shapes[n] for n, v in r.feeds.items())
+            r.feeds for r in self.runs if any(v.shape[1:] != shapes[n] for n, v in r.feeds.items())
         ]
         return [first.feeds, self.runs[1].feeds, *other]
 
@@ -391,9 +387,7 @@ def _fit(specs: Sequence[InputSpec], data: Mapping[str, np.ndarray]) -> Feeds:
         if not np.can_cast(values.dtype, spec.dtype, "same_kind") and not (
             values.dtype.kind in "fiub" and spec.dtype.kind in "fiubV"
         ):
-            raise ModelError(
-                f"input data: '{spec.name}' holds {values.dtype}, not {spec.dtype}"
-            )
+            raise ModelError(f"input data: '{spec.name}' holds {values.dtype}, not {spec.dtype}")
         if values.size == 0:
             raise ModelError(f"input data: '{spec.name}' is empty: nothing could be compared")
         feeds[spec.name] = values.astype(spec.dtype)

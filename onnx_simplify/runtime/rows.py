@@ -60,9 +60,7 @@ def _unmatched(
     return total
 
 
-def _search(
-    first: list[np.ndarray], second: list[np.ndarray], tolerance: float
-) -> int | None:
+def _search(first: list[np.ndarray], second: list[np.ndarray], tolerance: float) -> int | None:
     """As :func:`unmatched`, for rows along the first axis."""
     a, b = _columns(first), _columns(second)
     bound = np.concatenate(

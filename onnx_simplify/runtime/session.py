@@ -207,9 +207,7 @@ def run_nodes(model: Model, nodes: list[gs.Node], outputs: list[str]) -> list[np
     """
     if not outputs:
         return []
-    constants = {
-        t.name: t.values for n in nodes for t in n.inputs if isinstance(t, gs.Constant)
-    }
+    constants = {t.name: t.values for n in nodes for t in n.inputs if isinstance(t, gs.Constant)}
     graph = onnx.helper.make_graph(
         [model.export_node(n) for n in nodes],
         "constants",

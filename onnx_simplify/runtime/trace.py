@@ -143,4 +143,3 @@ class Trace:
         """Whether a tensor may hold floats (also where its type is not known)."""
         known = self._types.get(name)
         return known is None or np.dtype(known).kind not in "iubOSU"
-

@@ -566,8 +566,10 @@ class Inside:
 
     def _is_evidence(self, a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> bool:
         """Whether a tensor is of the same shape in both, of floats, and says something."""
-        if any(isinstance(x, (list, tuple)) or isinstance(y, (list, tuple))
-               for x, y in zip(a, b, strict=True)):
+        if any(
+            isinstance(x, (list, tuple)) or isinstance(y, (list, tuple))
+            for x, y in zip(a, b, strict=True)
+        ):
             return False
         if any(x.shape != y.shape or x.dtype != y.dtype for x, y in zip(a, b, strict=True)):
             return False
@@ -607,7 +609,10 @@ def _are_alike(first: Model, a: gs.Node, second: Model, b: gs.Node) -> bool:
     """Whether two nodes of two models are the same, constants included."""
     one, other = first.export_node(a), second.export_node(b)
     if (one.op_type, one.domain, list(one.input), list(one.output)) != (
-        other.op_type, other.domain, list(other.input), list(other.output)
+        other.op_type,
+        other.domain,
+        list(other.input),
+        list(other.output),
     ) or list(one.attribute) != list(other.attribute):
         return False
     return all(
@@ -636,4 +641,3 @@ def _perturbed(feeds: Feeds, random: np.random.Generator) -> Feeds:
         else v
         for n, v in feeds.items()
     }
-

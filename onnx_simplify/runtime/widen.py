@@ -18,9 +18,9 @@ _TYPE_ATTRIBUTES = frozenset({"to", "dtype"})
 
 def needs_widening(model: ModelProto) -> bool:
     """Whether the model has tensors that :func:`widen` would change."""
-    return any(
-        t.elem_type in _TYPES for t in _tensor_types(model.graph)
-    ) or any(t.data_type in _TYPES for t in model.graph.initializer)
+    return any(t.elem_type in _TYPES for t in _tensor_types(model.graph)) or any(
+        t.data_type in _TYPES for t in model.graph.initializer
+    )
 
 
 def widen(model: ModelProto) -> None:
