@@ -22,7 +22,7 @@ from onnx import ModelProto
 import onnx_simplify
 from build import Graph, assert_same_function, pruned, random_feeds
 from documents import DOCS, Block, blocks, execute, section
-from onnx_simplify.channels import operators
+from onnx_simplify import operators
 from onnx_simplify.cli import _parser
 from onnx_simplify.operators import Operator, lookup
 from onnx_simplify.pipeline import PASSES
