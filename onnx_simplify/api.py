@@ -40,7 +40,7 @@ from onnx_simplify.graph.store import check_writable, save
 from onnx_simplify.passes.clean import clean
 from onnx_simplify.passes.fold_batchnorm import check_pairs, foldable
 from onnx_simplify.passes.fold_batchnorm import fold_batchnorm as _fold_batchnorm
-from onnx_simplify.passes.fold_shapes import fold_shapes
+from onnx_simplify.passes.fold_shapes import settle_sizes
 from onnx_simplify.passes.propagate_bias import propagate_bias as _propagate_bias
 from onnx_simplify.passes.remove_zeroed import remove_zeroed as _remove_zeroed
 from onnx_simplify.pipeline import PASSES, Options, constant_outputs, is_half
@@ -48,7 +48,6 @@ from onnx_simplify.planning.planner import Planner
 from onnx_simplify.planning.profiles import PROFILES, profile
 from onnx_simplify.report import Report
 from onnx_simplify.runtime.benchmark import Timing, time_models
-from onnx_simplify.runtime.measure import settle_disputes
 from onnx_simplify.runtime.reference import Reference
 from onnx_simplify.runtime.verify import Verification
 from onnx_simplify.worker import simplify_apart
@@ -389,8 +388,7 @@ def _cleaned(source: ModelSource, pinned: Collection[str] = ()) -> Model:
     working = load(source)
     working.pin(_names(pinned))
     clean(working)
-    settle_disputes(working, None)
-    fold_shapes(working)
+    settle_sizes(working, None)
     return working
 
 
@@ -409,6 +407,5 @@ def _feeds(
     model: Model, shapes: Shapes | None, data: Mapping[str, np.ndarray] | None
 ) -> list[dict[str, np.ndarray]]:
     feeds = Reference(model, input_shapes=shapes, input_data=data).feeds
-    settle_disputes(model, feeds[0])
-    fold_shapes(model)
+    settle_sizes(model, feeds[0])
     return feeds

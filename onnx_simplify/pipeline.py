@@ -20,7 +20,7 @@ from onnx_simplify.passes.absorb_gathers import absorb_gathers
 from onnx_simplify.passes.clean import clean
 from onnx_simplify.passes.compress_maps import compress_maps
 from onnx_simplify.passes.fold_batchnorm import check_pairs, fold_batchnorm
-from onnx_simplify.passes.fold_shapes import fold_shapes
+from onnx_simplify.passes.fold_shapes import settle_sizes
 from onnx_simplify.passes.propagate_bias import propagate_bias
 from onnx_simplify.passes.reblock_maps import reblock_maps
 from onnx_simplify.passes.remove_zeroed import remove_zeroed
@@ -39,7 +39,7 @@ from onnx_simplify.report import (
 )
 from onnx_simplify.runtime.benchmark import Timing, time_models
 from onnx_simplify.runtime.inputs import candidate_sizes, input_specs
-from onnx_simplify.runtime.measure import measured, settle_disputes
+from onnx_simplify.runtime.measure import measured
 from onnx_simplify.runtime.reference import Reference
 
 PASSES = ("fold_batchnorm", "propagate_bias", "remove_zeroed")
@@ -338,8 +338,7 @@ def simplify_in_place(
 ) -> None:
     """Run the passes, and fill in the report's layers."""
     clean(model)
-    settle_disputes(model, None if reference is None else reference.feeds[0])
-    fold_shapes(model)
+    settle_sizes(model, None if reference is None else reference.feeds[0])
     if options.bn_folding is not None:
         infer(model)
         check_pairs(model, options.bn_folding)
@@ -421,8 +420,7 @@ def _largest_threshold(original: Model, options: Options, reference: Reference |
         raise CannotVerifyError("a threshold cannot be found: the original model does not run")
     base = original.copy()
     clean(base)
-    settle_disputes(base, reference.feeds[0])
-    fold_shapes(base)
+    settle_sizes(base, reference.feeds[0])
     if "fold_batchnorm" not in options.skip:
         fold_batchnorm(base, options.bn_folding)
     known = thresholds(base, _LARGEST_THRESHOLD)
@@ -444,8 +442,7 @@ def constant_outputs(model: Model, reference: Reference | None) -> list[str]:
         return []
     working = model.copy()
     clean(working)
-    settle_disputes(working, reference.feeds[0])
-    fold_shapes(working)
+    settle_sizes(working, reference.feeds[0])
     facts = measured(Facts(working), reference.feeds)
     return [
         t.name

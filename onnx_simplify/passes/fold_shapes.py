@@ -24,6 +24,8 @@ from onnx_simplify.graph.shapes import infer
 from onnx_simplify.graph.traits import SELECTS
 from onnx_simplify.operators.nodes import constant_input, constant_ints
 from onnx_simplify.passes.clean import fold_constants
+from onnx_simplify.runtime.inputs import Feeds
+from onnx_simplify.runtime.measure import settle_disputes
 
 # Longer vectors are not shapes.
 _LONGEST = 64
@@ -44,6 +46,25 @@ def fold_shapes(model: Model, input_shapes: Mapping[str, Sequence[int]] | None =
             return
         fold_constants(model)
         drop_unused(model)
+
+
+def settle_sizes(model: Model, feeds: Feeds | None) -> None:
+    """Find out on which shapes onnx and onnxruntime differ, then fold all others, in place.
+
+    A size that is known only once others have been folded is looked at again.
+
+    Args:
+        model: a cleaned model.
+        feeds: inputs to run it with; without, all doubtful shapes stay in dispute.
+    """
+    settle_disputes(model, feeds)
+    fold_shapes(model)
+    while feeds is not None and model.disputed:
+        before = len(model.disputed)
+        settle_disputes(model, feeds)
+        if len(model.disputed) >= before:
+            return
+        fold_shapes(model)
 
 
 def _replace_known(model: Model) -> bool:
