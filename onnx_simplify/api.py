@@ -34,7 +34,8 @@ from onnx_simplify import pipeline
 from onnx_simplify.errors import CannotVerifyError, ModelError
 from onnx_simplify.facts.facts import Facts
 from onnx_simplify.graph.edit import label
-from onnx_simplify.graph.model import Model, ModelSource, fits_message, load
+from onnx_simplify.graph.load import ModelSource, load
+from onnx_simplify.graph.model import Model, fits_message
 from onnx_simplify.graph.shapes import infer
 from onnx_simplify.graph.store import check_writable, save
 from onnx_simplify.passes.clean import clean

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from onnx_simplify import pipeline, streams
 from onnx_simplify.errors import CannotVerifyError, ModelError, SimplifyError, first_line
-from onnx_simplify.graph.model import load
+from onnx_simplify.graph.load import load
 from onnx_simplify.graph.store import check_writable, save, write_text
 from onnx_simplify.isolation import Stage, enter, interrupted
 from onnx_simplify.pipeline import PASSES, Options

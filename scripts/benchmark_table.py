@@ -33,7 +33,7 @@ import onnx
 
 import publish
 from onnx_simplify.errors import first_line
-from onnx_simplify.graph.model import load
+from onnx_simplify.graph.load import load
 from onnx_simplify.runtime.benchmark import time_calls
 from onnx_simplify.runtime.difference import difference
 from onnx_simplify.runtime.session import Session

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 import publish  # noqa: F401 - puts the package on the path
-from onnx_simplify.graph.model import load
+from onnx_simplify.graph.load import load
 from onnx_simplify.runtime.reference import Reference
 
 RUNS = 30

@@ -94,7 +94,7 @@ def _members(archive: Path) -> Iterator[tuple[str, bytes]]:
 
 def worst_at(original: Path, result: onnx.ModelProto, sizes: Any = SIZES) -> float:
     """The largest relative error at some heights and widths of the image."""
-    from onnx_simplify.graph.model import load
+    from onnx_simplify.graph.load import load
     from onnx_simplify.runtime.difference import difference
     from onnx_simplify.runtime.session import Session
 

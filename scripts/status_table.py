@@ -33,7 +33,7 @@ import onnx
 import publish
 from architectures import EXPORTERS, LIMIT, models, passes
 from onnx_simplify.errors import CannotVerifyError, first_line
-from onnx_simplify.graph.model import load
+from onnx_simplify.graph.load import load
 from onnx_simplify.runtime.difference import difference
 from onnx_simplify.runtime.reference import Reference
 from onnx_simplify.runtime.session import Session

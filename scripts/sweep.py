@@ -22,7 +22,7 @@ from typing import Any
 
 import publish
 from benchmark_table import geometric_mean, speedup
-from onnx_simplify.graph.model import load
+from onnx_simplify.graph.load import load
 from onnx_simplify.planning import profiles
 from onnx_simplify.runtime.benchmark import time_models
 

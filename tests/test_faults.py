@@ -18,7 +18,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnx_simplify.cli import main
 from onnx_simplify.graph import store
-from onnx_simplify.graph.model import Model, load
+from onnx_simplify.graph.load import load
+from onnx_simplify.graph.model import Model
 from onnx_simplify.runtime.session import Session
 
 ROOT = Path(__file__).resolve().parent.parent

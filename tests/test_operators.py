@@ -9,7 +9,7 @@ import pytest
 import onnx_simplify
 from build import Graph, assert_same_function, count, gated_constants, initializer, pruned
 from onnx_simplify.facts.facts import Facts
-from onnx_simplify.graph.model import load
+from onnx_simplify.graph.load import load
 
 
 def weight_shape(model: onnx.ModelProto, op: str, index: int = 0) -> tuple[int, ...]:

@@ -29,7 +29,7 @@ from build import (
     random_feeds,
     set_initializer,
 )
-from onnx_simplify.graph.model import load
+from onnx_simplify.graph.load import load
 from onnx_simplify.graph.quantized import Quantized, QuantizedConstant
 from versions import needs_onnxruntime
 

@@ -11,7 +11,7 @@ from onnx import ModelProto
 from build import Graph, assert_same_function, count, node, pruned, random_feeds
 from fuzzing import KEEN
 from onnx_simplify import pipeline, simplify
-from onnx_simplify.graph.model import load
+from onnx_simplify.graph.load import load
 from onnx_simplify.passes.absorb_gathers import absorb_gathers
 from onnx_simplify.passes.clean import clean
 from onnx_simplify.planning import profiles

@@ -19,7 +19,7 @@ from build import Graph, assert_same_function, gated_constants, pruned, random_f
 from onnx_simplify import reasons
 from onnx_simplify.channels.values import Constants
 from onnx_simplify.facts.facts import Facts
-from onnx_simplify.graph.model import load
+from onnx_simplify.graph.load import load
 from onnx_simplify.planning import profiles
 from random_graphs import random_model
 

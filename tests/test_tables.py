@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import benchmark_table  # noqa: E402
 import publish  # noqa: E402
 import status_table  # noqa: E402
-from onnx_simplify.graph.model import load  # noqa: E402
+from onnx_simplify.graph.load import load  # noqa: E402
 from onnx_simplify.runtime.reference import Reference  # noqa: E402
 
 

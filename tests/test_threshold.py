@@ -8,7 +8,7 @@ from onnx import ModelProto
 
 from build import Graph, assert_same_function, random_feeds, relative_error, run
 from onnx_simplify import ModelError, VerificationError, simplify
-from onnx_simplify.graph.model import load
+from onnx_simplify.graph.load import load
 from onnx_simplify.passes.clean import clean
 from onnx_simplify.passes.zero_small import thresholds, zero_small
 

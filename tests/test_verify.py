@@ -11,7 +11,7 @@ from onnx import ModelProto, helper
 import onnx_simplify
 from build import Graph, assert_same_function, initializer, pruned, set_initializer
 from onnx_simplify.errors import CannotVerifyError
-from onnx_simplify.graph.model import load
+from onnx_simplify.graph.load import load
 from onnx_simplify.runtime.difference import compare, magnitudes
 from onnx_simplify.runtime.rows import unmatched
 from onnx_simplify.runtime.trace import Trace

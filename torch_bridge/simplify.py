@@ -36,7 +36,7 @@ from torch.utils import _pytree as pytree
 import onnx_simplify
 from onnx_simplify import PASSES, CannotVerifyError, ModelError, Report, VerificationError
 from onnx_simplify.errors import RunError
-from onnx_simplify.graph.model import load
+from onnx_simplify.graph.load import load
 from onnx_simplify.pipeline import is_half
 from onnx_simplify.runtime.benchmark import Timing, time_calls
 from onnx_simplify.runtime.difference import difference

@@ -12,7 +12,8 @@ import onnx.shape_inference
 import onnx_graphsurgeon as gs
 
 from onnx_simplify.errors import ModelError
-from onnx_simplify.graph.model import Model, headless
+from onnx_simplify.graph.message import headless
+from onnx_simplify.graph.model import Model
 
 Dim = int | str
 """A static size, or the symbol of a dynamic one (unknown sizes have symbols of their own)."""

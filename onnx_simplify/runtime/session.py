@@ -14,7 +14,9 @@ import onnxruntime as ort
 from onnx import ModelProto
 
 from onnx_simplify.errors import CannotVerifyError, RunError, first_line
-from onnx_simplify.graph.model import Model, all_nodes, headless
+from onnx_simplify.graph.message import headless
+from onnx_simplify.graph.model import Model
+from onnx_simplify.graph.order import all_nodes
 from onnx_simplify.graph.traits import RANDOM
 from onnx_simplify.runtime.widen import as_float32, widen
 

@@ -11,7 +11,8 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnx_simplify.errors import ModelError
-from onnx_simplify.graph.model import Model, all_nodes
+from onnx_simplify.graph.model import Model
+from onnx_simplify.graph.order import all_nodes
 from onnx_simplify.graph.shapes import types
 from onnx_simplify.graph.traits import BOUNDED, JUMPS, SELECTS, SIZES
 
