@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         simplify,
         verify,
     )
-    from onnx_simplify.pipeline import PASSES
+    from onnx_simplify.options import PASSES
     from onnx_simplify.report import Report
     from onnx_simplify.runtime.benchmark import Timing
     from onnx_simplify.runtime.verify import Verification
@@ -56,7 +56,7 @@ __all__ = [
 # Where names are that need onnxruntime. It is loaded when the first of them is asked for, so that
 # the command line can start the process it works in before: onnxruntime does not survive a fork.
 _HOMES = {
-    "PASSES": "pipeline",
+    "PASSES": "options",
     "Report": "report",
     "Timing": "runtime.benchmark",
     "Verification": "runtime.verify",

@@ -38,19 +38,20 @@ from onnx_simplify.graph.load import ModelSource, load
 from onnx_simplify.graph.model import Model, fits_message
 from onnx_simplify.graph.shapes import infer
 from onnx_simplify.graph.store import check_writable, save
+from onnx_simplify.options import PASSES, Options
 from onnx_simplify.passes.clean import clean
 from onnx_simplify.passes.fold_batchnorm import check_pairs, foldable
 from onnx_simplify.passes.fold_batchnorm import fold_batchnorm as _fold_batchnorm
 from onnx_simplify.passes.fold_shapes import settle_sizes
-from onnx_simplify.passes.propagate_bias import propagate_bias as _propagate_bias
-from onnx_simplify.passes.remove_zeroed import remove_zeroed as _remove_zeroed
-from onnx_simplify.pipeline import PASSES, Options, constant_outputs, is_half
+from onnx_simplify.passes.rewrite import rewrite
+from onnx_simplify.pipeline import constant_outputs, is_half
 from onnx_simplify.planning.planner import Planner
 from onnx_simplify.planning.profiles import PROFILES, profile
 from onnx_simplify.report import Report
 from onnx_simplify.runtime.benchmark import Timing, time_models
 from onnx_simplify.runtime.reference import Reference
 from onnx_simplify.runtime.verify import Verification
+from onnx_simplify.schedule import make_plan
 from onnx_simplify.worker import simplify_apart
 
 Shapes = Mapping[str, Sequence[int]]
@@ -206,7 +207,7 @@ def propagate_bias(
     """
     working = _cleaned(model, pinned)
     planner = Planner(profile(checked_target(target)))
-    _propagate_bias(working, planner, _feeds(working, input_shapes, input_data))
+    rewrite(make_plan(working, planner, _feeds(working, input_shapes, input_data), cut=False))
     return _finished(working)
 
 
@@ -237,8 +238,7 @@ def remove_zeroed(
     working = _cleaned(model, pinned)
     planner = Planner(profile(checked_target(target), channel_multiple))
     feeds = _feeds(working, input_shapes, input_data)
-    _propagate_bias(working, planner, feeds, only_zeros=True)
-    _remove_zeroed(working, planner)
+    rewrite(make_plan(working, planner, feeds, zeros_only=True))
     clean(working)
     return _finished(working)
 

@@ -25,7 +25,7 @@ from onnx_simplify.errors import CannotVerifyError, ModelError, SimplifyError, f
 from onnx_simplify.graph.load import load
 from onnx_simplify.graph.store import check_writable, save, write_text
 from onnx_simplify.isolation import Stage, enter, interrupted
-from onnx_simplify.pipeline import PASSES, Options
+from onnx_simplify.options import PASSES, Options
 from onnx_simplify.planning.profiles import PROFILES
 from onnx_simplify.report import Report
 from onnx_simplify.runtime.benchmark import Timing

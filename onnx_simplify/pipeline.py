@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -13,39 +12,25 @@ import numpy as np
 from onnx_simplify.channels.values import VARYING
 from onnx_simplify.errors import CannotVerifyError, SimplifyError, VerificationError
 from onnx_simplify.facts.facts import Facts
-from onnx_simplify.graph.edit import label
 from onnx_simplify.graph.model import Model
-from onnx_simplify.graph.shapes import infer
-from onnx_simplify.passes.absorb_gathers import absorb_gathers
+from onnx_simplify.options import PASSES, Options
 from onnx_simplify.passes.clean import clean
-from onnx_simplify.passes.compress_maps import compress_maps
-from onnx_simplify.passes.fold_batchnorm import check_pairs, fold_batchnorm
+from onnx_simplify.passes.fold_batchnorm import fold_batchnorm
 from onnx_simplify.passes.fold_shapes import settle_sizes
-from onnx_simplify.passes.propagate_bias import propagate_bias
-from onnx_simplify.passes.reblock_maps import reblock_maps
-from onnx_simplify.passes.remove_zeroed import remove_zeroed
 from onnx_simplify.passes.zero_small import thresholds, zero_small
 from onnx_simplify.planning.planner import Planner
 from onnx_simplify.planning.profiles import Profile, alternatives, profile
-from onnx_simplify.reasons import ALIGNMENT, COST, held_back, stays
 from onnx_simplify.report import (
     Figures,
-    Opaque,
     Report,
-    add_findings,
     figures,
-    ideal_macs,
-    layers,
 )
 from onnx_simplify.runtime.benchmark import Timing, time_models
 from onnx_simplify.runtime.inputs import candidate_sizes, input_specs
 from onnx_simplify.runtime.measure import measured
 from onnx_simplify.runtime.reference import Reference
+from onnx_simplify.schedule import simplify_in_place
 
-PASSES = ("fold_batchnorm", "propagate_bias", "remove_zeroed")
-
-# So often the passes run at most; almost always one turn is all it takes.
-_TURNS = 4
 # No channel larger than this share of its layer is taken for zero unasked.
 _LARGEST_THRESHOLD = 0.1
 # A plan that is faster than the cost model's by less than this is not.
@@ -60,28 +45,6 @@ _CAUTION = (
 # A file that grows by no more bytes than this has gained a few names.
 _MARGIN = 1024
 _HALF_PRECISION = ("float16", "bfloat16")
-
-
-@dataclass
-class Options:
-    """How to simplify; see :func:`onnx_simplify.simplify` for the meaning of each."""
-
-    pinned: Collection[str] = ()
-    skip: Collection[str] = ()
-    bn_folding: Collection[tuple[str, str]] | None = None
-    input_shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    input_data: Mapping[str, np.ndarray] | None = None
-    verify: bool = True
-    rtol: float | None = None
-    checks: int = 2
-    target: str | None = None
-    channel_multiple: int | None = None
-    benchmark: bool = False
-    tune: bool = False
-    threshold: float = 0.0
-    auto_threshold: float | None = None
-    threads: int = 1
-    progress: Callable[[str], None] | None = None
 
 
 @np.errstate(all="ignore")
@@ -193,7 +156,8 @@ class _Task:
             )
         if self.trouble is not None:
             report.notes.append(f"constants were not looked for: {self.trouble}")
-        simplify_in_place(model, Planner(plan), self.reference, report, options, self.step)
+        runs = None if self.reference is None else self.reference.feeds
+        simplify_in_place(model, Planner(plan), runs, report, options, self.step)
         if model.training_is_stale():
             report.notes.append(
                 "training information was dropped: it is about weights that are gone or changed"
@@ -326,88 +290,6 @@ class _Task:
             threads=self.options.threads,
             progress=lambda done, total: self.step(f"benchmarking: round {done} of {total}"),
         )
-
-
-def simplify_in_place(
-    model: Model,
-    planner: Planner,
-    reference: Reference | None,
-    report: Report,
-    options: Options,
-    step: Callable[[str], None],
-) -> None:
-    """Run the passes, and fill in the report's layers."""
-    clean(model)
-    settle_sizes(model, None if reference is None else reference.feeds[0])
-    if options.bn_folding is not None:
-        infer(model)
-        check_pairs(model, options.bn_folding)
-    if "fold_batchnorm" not in options.skip:
-        report.batchnorms_folded = fold_batchnorm(model, options.bn_folding)
-        model.release()
-    before = layers(model)
-    report.layers = list(before.values())
-    if options.threshold:
-        report.threshold = options.threshold
-        for node, count in zero_small(model, options.threshold).items():
-            before[node].small = count
-
-    def observe(facts: Facts) -> None:
-        add_findings(before, facts)
-        if facts.constants is not None:
-            counts = stays(facts, absorbing="propagate_bias" not in options.skip)
-            report.held_back = held_back(counts)
-            for key, layer in before.items():
-                layer.stays = dict(counts.get(key, {}))
-            report.ideal_macs = ideal_macs(facts, report.input_shapes, before)
-        report.opaque = [
-            Opaque(label(op.node), op.node.op, op.reason or "operator not known")
-            for op in facts.operators
-            if op.is_opaque
-        ]
-
-    if reference is None or "propagate_bias" in options.skip:
-        observe(Facts(model))
-    aligned: dict[int, int] = {}
-    for turn in range(_TURNS):
-        present = {id(n) for n in model.graph.nodes}
-        if reference is not None and not {"propagate_bias", "remove_zeroed"} <= set(options.skip):
-            step("absorbing constants")
-            propagate_bias(
-                model,
-                planner,
-                reference.feeds,
-                only_zeros="propagate_bias" in options.skip,
-                observe=observe if turn == 0 and "propagate_bias" not in options.skip else None,
-            )
-        if "remove_zeroed" not in options.skip:
-            step("removing channels")
-            aligned = remove_zeroed(model, planner)
-        clean(model)
-        if "fold_batchnorm" not in options.skip and any(
-            n.op == "BatchNormalization" for n in model.graph.nodes
-        ):
-            infer(model)
-            report.batchnorms_folded += fold_batchnorm(model, options.bn_folding)
-        if present <= {id(n) for n in model.graph.nodes}:
-            break
-        # Where nodes are gone, others may have become neighbours, or constant.
-    # A second run gives what it stores anew the same names.
-    model.free_names()
-    absorb_gathers(model, planner)
-    reblock_maps(model, planner.profile)
-    compress_maps(model)
-    infer(model)
-    after = layers(model)
-    for node, layer in before.items():
-        if node in after:
-            layer.outputs_after = after[node].outputs
-            layer.inputs_after = after[node].inputs
-            could = layer.constant + layer.dead - sum(layer.stays.values())
-            kept = min(could - layer.removed, layer.outputs_after)
-            counts = Counter({ALIGNMENT: min(kept, aligned.get(node, 0))})
-            counts[COST] = kept - counts[ALIGNMENT]
-            layer.stays.update(+counts)
 
 
 def _largest_threshold(original: Model, options: Options, reference: Reference | None) -> float:

@@ -11,7 +11,7 @@ from onnx_simplify.channels.values import VARYING
 from onnx_simplify.facts.facts import Facts
 from onnx_simplify.operators import Operator, contractions
 from onnx_simplify.operators.nodes import kind
-from onnx_simplify.passes.propagate_bias import alive_after, find_readers
+from onnx_simplify.planning.absorbing import alive_after, find_absorptions
 
 COUPLED = "coupled with channels that vary"
 SIZES = "sizes are not known"
@@ -23,18 +23,16 @@ COST = "removing them would cost more than it saves"
 OPAQUE = "read by "
 
 
-def stays(facts: Facts, *, absorbing: bool) -> dict[int, Counter[str]]:
+def stays(facts: Facts) -> dict[int, Counter[str]]:
     """For each layer, how many of its output channels stay for which reason.
 
     Args:
         facts: what is known of it.
-        absorbing: whether constants are absorbed, so that what is constant could go.
 
     Returns:
         Counts by reason, by ``id`` of the layer's node; what could go is not among them.
     """
-    readers = find_readers(facts, only_zeros=not absorbing)
-    alive = alive_after(facts, readers)
+    alive = alive_after(facts, find_absorptions(facts, only_zeros=False))
     names, frozen = _frozen(facts)
     varying, unsure = _varying(facts)
     unable = _unable(facts)

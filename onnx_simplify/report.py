@@ -20,6 +20,7 @@ from onnx_simplify.graph.store import serialized_size
 from onnx_simplify.operators import contractions
 from onnx_simplify.passes.clean import clean, fold_constants
 from onnx_simplify.passes.fold_shapes import fold_shapes
+from onnx_simplify.planning.plan import Step
 from onnx_simplify.runtime.benchmark import Timing
 from onnx_simplify.runtime.verify import Verification
 
@@ -92,6 +93,7 @@ class Report:
         before: figures of the original.
         after: figures of the result.
         layers: all layers with weights, in execution order.
+        steps: what was done to each layer, where anything was.
         ideal_macs: multiply-accumulates between channels that vary with the input and reach an
             output: a lower bound that no arrangement of channels can beat; None if unknown.
         batchnorms_folded: number of BatchNormalization nodes folded.
@@ -113,6 +115,7 @@ class Report:
     before: Figures
     after: Figures
     layers: list[Layer] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
     ideal_macs: int | None = None
     batchnorms_folded: int = 0
     opaque: list[Opaque] = field(default_factory=list)

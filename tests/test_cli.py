@@ -27,7 +27,7 @@ from build import (
     set_initializer,
     small_cnn,
 )
-from onnx_simplify import pipeline
+from onnx_simplify import pipeline, schedule
 
 PASSES = ["fold_batchnorm", "propagate_bias", "remove_zeroed"]
 # The fixture's network: image 3x12x12, 16 and 24 filters of which half are pruned, 5 classes.
@@ -75,16 +75,15 @@ def layer(found: dict, name: str) -> dict:
 
 def corrupt(monkeypatch: pytest.MonkeyPatch, factor: float = 1.01) -> None:
     """Let the last pass damage the classifier's weights."""
-    original = pipeline.remove_zeroed
+    original = schedule.rewrite
 
-    def broken(model, planner):
-        aligned = original(model, planner)
-        for node in model.graph.nodes:
+    def broken(plan):
+        original(plan)
+        for node in plan.facts.model.graph.nodes:
             if node.op == "Gemm":
                 node.inputs[1].values = node.inputs[1].values * np.float32(factor)
-        return aligned
 
-    monkeypatch.setattr(pipeline, "remove_zeroed", broken)
+    monkeypatch.setattr(schedule, "rewrite", broken)
 
 
 def custom_operator() -> onnx.ModelProto:
@@ -649,15 +648,14 @@ def test_failed_verification_leaves_the_input(cli, path, monkeypatch):
 
 
 def test_a_result_that_does_not_run_fails_verification(cli, path, monkeypatch):
-    original = pipeline.remove_zeroed
+    original = schedule.rewrite
 
-    def broken(model, planner):
-        aligned = original(model, planner)
-        gemm = next(n for n in model.graph.nodes if n.op == "Gemm")
+    def broken(plan):
+        original(plan)
+        gemm = next(n for n in plan.facts.model.graph.nodes if n.op == "Gemm")
         gemm.inputs[1].values = gemm.inputs[1].values[:, :-1]
-        return aligned
 
-    monkeypatch.setattr(pipeline, "remove_zeroed", broken)
+    monkeypatch.setattr(schedule, "rewrite", broken)
     result = cli(path, path.with_name("out.onnx"))
     assert result.code == 1 and result.err.count("\n") == 1
     assert list(files(path.parent)) == ["in.onnx"]

@@ -25,7 +25,7 @@ from documents import DOCS, Block, blocks, execute, section
 from onnx_simplify import operators
 from onnx_simplify.cli import _parser
 from onnx_simplify.operators import Operator, lookup
-from onnx_simplify.pipeline import PASSES
+from onnx_simplify.options import PASSES
 from onnx_simplify.planning.profiles import PROFILES
 from onnx_simplify.report import Layer, Report
 from onnx_simplify.runtime.verify import Verification

@@ -19,9 +19,8 @@ from build import (
     random_feeds,
 )
 from onnx_simplify import propagate_bias, simplify
-from onnx_simplify.passes.propagate_bias import basis
-from onnx_simplify.planning import profiles
-from onnx_simplify.planning.planner import Planner, Work
+from onnx_simplify.planning import costs, profiles
+from onnx_simplify.planning.basis import basis
 
 ALWAYS, NEVER = {"map_cost": 1e9}, {"map_cost": 0.0, "map_start_cost": 0.0}
 
@@ -123,11 +122,11 @@ def test_uniform_and_mapped_channels_of_a_padded_convolution(plan):
     y = g.op("Sigmoid", g.op("Concat", a, b, axis=1))
     g.output(g.conv(y, g.normal(8, 32, 3, 3), g.normal(8), pads=[1] * 4))
     model = g.model()
-    for costs in (ALWAYS, NEVER):
-        plan(**costs)
+    for ways in (ALWAYS, NEVER):
+        plan(**ways)
         result, _ = simplify(model, target="avx512")
         assert_same_function(model, result, random_feeds(model))
-        assert maps(result) == (0 if costs is ALWAYS else 1)
+        assert maps(result) == (0 if ways is ALWAYS else 1)
     assert initializer(model, "conv1.weight").shape[0] == 16
 
 
@@ -135,8 +134,8 @@ def test_what_stand_ins_are_computed_from_stays_whole(plan):
     # The gate is a map that only the channel needs that stands for the other one; it reads
     # constants, which are absorbed.
     model = gated_constants()
-    for costs in (ALWAYS, NEVER):
-        plan(**costs)
+    for ways in (ALWAYS, NEVER):
+        plan(**ways)
         step = propagate_bias(model, target="avx512")
         assert_same_function(model, step, random_feeds(model))
         result, _ = simplify(model, target="avx512", verify=False)
@@ -177,10 +176,13 @@ def test_basis_gives_up_on_what_has_none():
     assert len(chosen) == 1 and np.abs(weights).max() <= 8
 
 
-@pytest.mark.parametrize("channels, keep", [(12, True), (16, False)])
-def test_stand_ins_are_free_where_a_block_has_room(channels, keep):
-    planner = Planner(profiles.PROFILES["avx512"])
-    heavy = Work(channels, 10**7, 10**4)
-    assert planner.prefers_stand_ins(4, [heavy], heavy, 10**4) is keep
-    # Adding a map to a huge output costs more than a few channels.
-    assert planner.prefers_stand_ins(4, [heavy], heavy, 10**8)
+@pytest.mark.parametrize("channels, room", [(12, True), (16, False)])
+def test_stand_ins_are_free_where_a_block_has_room(channels, room):
+    profile = profiles.PROFILES["avx512"]
+    for groups in (1, channels):
+        inner = channels // groups
+        layer = costs.Layer(groups, inner, inner, 9, 10**4)
+        assert (costs.grown(profile, layer, inputs=4) == 0) is room
+        assert (costs.grown(profile, layer, outputs=4) == 0) is room
+        # Adding a map to a huge output costs more than a few channels.
+        assert costs.grown(profile, layer, outputs=4) < costs.added_map(profile, 10**8)

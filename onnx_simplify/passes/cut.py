@@ -8,7 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_simplify.facts.facts import Facts
-from onnx_simplify.graph.edit import Editor, compress, drop_unused, label, set_input
+from onnx_simplify.graph.edit import Editor, compress, label, set_input
 from onnx_simplify.graph.model import Model
 from onnx_simplify.operators import Operator
 from onnx_simplify.planning.merge import Merger
@@ -51,7 +51,6 @@ class Cut:
             for axis, mask in self.kept(tensor).items():
                 tensor.shape[axis] = int(mask.sum())
         self._editor.finish()
-        drop_unused(self.model)
 
     def kept(self, tensor: gs.Tensor) -> dict[int, np.ndarray]:
         """For each axis along which positions leave, which ones stay (bool ``(size,)``)."""

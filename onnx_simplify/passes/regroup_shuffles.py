@@ -8,6 +8,8 @@ group; a ``Gather`` takes any.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_graphsurgeon as gs
 
@@ -16,7 +18,20 @@ from onnx_simplify.graph.edit import drop_unused, label, set_nodes
 from onnx_simplify.operators import Operator
 
 
-def regroup_shuffles(facts: Facts, alive: np.ndarray) -> bool:
+def find_shuffles(facts: Facts) -> list[list[Operator]]:
+    """The chains Reshape, Transpose, ..., Reshape, whatever they do."""
+    chains = []
+    for op in facts.operators:
+        if op.node.op == "Reshape" and facts.has(op.outputs[0]):
+            chain = _chain(facts, op)
+            if chain is not None:
+                chains.append(chain)
+    return chains
+
+
+def regroup_shuffles(
+    facts: Facts, shuffles: Sequence[Sequence[Operator]], alive: np.ndarray
+) -> bool:
     """Rewrite in place where the labels in ``alive`` (bool ``(labels,)``) do not form a grid.
 
     Returns:
@@ -24,12 +39,9 @@ def regroup_shuffles(facts: Facts, alive: np.ndarray) -> bool:
     """
     model = facts.model
     swap: dict[str, gs.Node] = {}
-    for op in facts.operators:
-        node = op.node
-        if node.op != "Reshape" or not facts.has(node.outputs[0]):
-            continue
-        chain = _chain(facts, op)
-        if chain is None or all(_is_grid(facts, o.outputs[0], alive) for o in chain):
+    for chain in shuffles:
+        node = chain[-1].node
+        if all(_is_grid(facts, o.outputs[0], alive) for o in chain):
             continue
         found = _permutation(facts, chain)
         if found is not None:
@@ -74,7 +86,7 @@ def _is_grid(facts: Facts, tensor: gs.Tensor, alive: np.ndarray) -> bool:
     return not facts.grid_gaps(tensor, alive).any()
 
 
-def _permutation(facts: Facts, chain: list[Operator]) -> tuple[int, np.ndarray] | None:
+def _permutation(facts: Facts, chain: Sequence[Operator]) -> tuple[int, np.ndarray] | None:
     """(axis, indices) if the chain as a whole gathers along one tracked axis."""
     source, result = chain[0].inputs[0], chain[-1].outputs[0]
     if facts.shape(source) != facts.shape(result):
@@ -94,7 +106,7 @@ def _permutation(facts: Facts, chain: list[Operator]) -> tuple[int, np.ndarray] 
     return tracked[0], array.ravel()
 
 
-def _untracked_axes_stay(facts: Facts, chain: list[Operator], axis: int) -> bool:
+def _untracked_axes_stay(facts: Facts, chain: Sequence[Operator], axis: int) -> bool:
     """Whether a chain moves no element along any axis but ``axis``."""
     order: list[object] = list(range(len(facts.shape(chain[0].inputs[0]))))
     for op in chain:

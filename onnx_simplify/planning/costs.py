@@ -47,6 +47,16 @@ class Layer:
         """With another number of input channels in all, in a single group."""
         return replace(self, inputs=inputs)
 
+    def with_more(self, *, inputs: int = 0, outputs: int = 0) -> Layer:
+        """With more channels on either side; those of a depthwise convolution are the same."""
+        if self.is_depthwise:
+            return replace(self, groups=self.groups + max(inputs, outputs))
+        return replace(
+            self,
+            inputs=self.inputs + -(-inputs // self.groups),
+            outputs=self.outputs + -(-outputs // self.groups),
+        )
+
     @property
     def is_depthwise(self) -> bool:
         """Whether every channel has a filter of its own."""
@@ -65,6 +75,47 @@ def is_blocked(profile: Profile, layer: Layer) -> bool:
 def convolution(profile: Profile, layer: Layer) -> float:
     """Nanoseconds for one layer."""
     return float(sum(n * getattr(profile, name) for name, n in terms(profile, layer).items()))
+
+
+def grown(profile: Profile, layer: Layer, *, inputs: int = 0, outputs: int = 0) -> float:
+    """Nanoseconds for channels that a layer reads or makes only to stand for others.
+
+    Dead channels that fill up blocks anyway cost nothing.
+
+    Args:
+        profile: the target.
+        layer: the layer without them.
+        inputs: how many more it reads.
+        outputs: how many more it makes.
+    """
+    before, after = (
+        _aligned(profile, layer.with_more(inputs=a, outputs=b))
+        for a, b in ((0, 0), (inputs, outputs))
+    )
+    cost = convolution(profile, after) - convolution(profile, before)
+    made = after.groups * after.outputs - before.groups * before.outputs if outputs else 0
+    return cost + made * layer.positions * profile.channel_cost
+
+
+def added_map(profile: Profile, elements: int) -> float:
+    """Nanoseconds to add a map to an output of so many elements.
+
+    onnxruntime leaves its blocked layout for it and comes back.
+    """
+    return profile.map_cost * elements + profile.map_start_cost
+
+
+def _aligned(profile: Profile, layer: Layer) -> Layer:
+    """With its channels in whole blocks, as they are computed."""
+    if layer.is_depthwise:
+        return replace(layer, groups=rounded(layer.groups, profile.block))
+    if layer.groups > 1:
+        return layer
+    return replace(
+        layer,
+        inputs=rounded(layer.inputs, profile.block),
+        outputs=rounded(layer.outputs, profile.block),
+    )
 
 
 def terms(profile: Profile, layer: Layer) -> dict[str, int]:

@@ -16,11 +16,13 @@ def layer_of(product: Contraction, facts: Facts, alive: np.ndarray | None = None
     Args:
         product: the product.
         facts: what is known.
-        alive: labels that stay; without it, and for groups, as before any channel leaves.
+        alive: labels that stay; without it, and for groups of several, as before any leaves.
     """
     groups, outputs, inputs = product.dims
     if alive is not None and groups == 1:
         inputs, outputs = (int(alive[s].sum()) for s in product.channels(facts))
+    elif alive is not None and outputs == inputs == 1:
+        groups = max(int(alive[product.channels(facts)[1]].sum()), 2)
     return Layer(groups, inputs, outputs, product.taps(), product.positions(facts)[1])
 
 

@@ -1,37 +1,22 @@
-"""The planner: which dead channels to keep, and how to absorb constants through padding."""
+"""The planner: what becomes of a graph, for one target."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from onnx_simplify.facts.facts import Facts
 from onnx_simplify.operators import Operator
 from onnx_simplify.operators.contraction import Contraction
+from onnx_simplify.planning.absorbing import Absorption, alive_after, decide, find_absorptions
 from onnx_simplify.planning.costs import Layer, convolution, rounded
 from onnx_simplify.planning.grouping import merge_groups
 from onnx_simplify.planning.layers import layers_at
 from onnx_simplify.planning.merge import Merger, is_placement
+from onnx_simplify.planning.plan import Plan
 from onnx_simplify.planning.profiles import Profile
 from onnx_simplify.planning.streams import Operand, arrange, merge_placements
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a layer does for its channels on one side.
-
-    Attributes:
-        channels: how many stay.
-        macs: multiply-accumulates for each.
-        positions: positions in space of each.
-    """
-
-    channels: int
-    macs: int
-    positions: int
-
 
 # Readers of a concatenation that onnxruntime computes in the blocked layout.
 _BLOCKED = frozenset(
@@ -49,9 +34,30 @@ class Planner:
         """Plan for ``profile``."""
         self.profile = profile
 
-    def merge_groups(self, facts: Facts, alive: np.ndarray) -> dict[Operator, Merger]:
-        """New groups for convolutions where that is faster, see :func:`merge_groups`."""
-        return merge_groups(self.profile, facts, alive)
+    def plan(self, facts: Facts, *, absorb: bool, zeros_only: bool = False, cut: bool) -> Plan:
+        """Decide what becomes of a graph.
+
+        Args:
+            facts: what is known of it; measured, if anything is to be absorbed.
+            absorb: whether constants are absorbed.
+            zeros_only: absorb nothing but zeros, which needs no bias.
+            cut: whether channels are to go.
+        """
+        absorptions: list[Absorption] = []
+        seen = facts.alive(facts.needed)
+        if absorb:
+            absorptions = find_absorptions(facts, only_zeros=zeros_only)
+            alive = alive_after(facts, absorptions)
+            # Groups that will merge keep nothing to be as wide as the widest.
+            mergers = merge_groups(self.profile, facts, alive)
+            seen = decide(self.profile, facts, absorptions, alive, mergers)
+        chosen = tuple(own for own in absorptions if own.absorb.any())
+        needed = alive_after(facts, chosen, decided=True)
+        if not cut:
+            return Plan(facts, chosen, needed, seen)
+        closed, mergers = self.close(facts, needed)
+        aligned = closed & ~facts.close(needed.copy(), free=mergers)
+        return Plan(facts, chosen, needed, seen, closed, aligned, mergers)
 
     def close(self, facts: Facts, alive: np.ndarray) -> tuple[np.ndarray, dict[Operator, Merger]]:
         """Decide which channels stay, see :meth:`Facts.close`, and which groups merge.
@@ -63,7 +69,7 @@ class Planner:
         Returns:
             Labels that stay, and mergers by operator.
         """
-        mergers = self.merge_groups(facts, alive)
+        mergers = merge_groups(self.profile, facts, alive)
         mergers |= merge_placements(self.profile, facts, alive)
         while True:
             closed = alive.copy()
@@ -176,30 +182,6 @@ class Planner:
                     chosen.append(index)
         return chosen
 
-    def prefers_stand_ins(
-        self, rank: int, producers: list[Work], reader: Work, result: int
-    ) -> bool:
-        """How a convolution of static size absorbs constants that a bias cannot express.
-
-        Args:
-            rank: constant channels that must stay to stand for all others.
-            producers: the layers that compute these channels.
-            reader: the convolution, with its input channels.
-            result: elements of its output.
-
-        Returns:
-            True to keep constant channels that stand for the others. False to add a map to the
-            output, for which onnxruntime leaves its blocked layout and comes back.
-        """
-        profile = self.profile
-        if profile.multiple == 1:
-            return False  # asked for the fewest channels
-        cost = self._grown(reader.channels, rank, profile.block) * reader.macs * profile.mac_cost
-        for layer in producers:
-            each = layer.positions * profile.channel_cost + layer.macs * profile.mac_cost
-            cost += self._grown(layer.channels, rank, profile.block) * each
-        return cost < profile.map_cost * result + profile.map_start_cost
-
     def prefers_zeros(self, layers: Sequence[Layer], channels: int) -> bool:
         """Whether layers had better read more channels, with zeros, than have theirs gathered.
 
@@ -214,10 +196,6 @@ class Planner:
             saved += convolution(profile, layer)
             saved -= convolution(profile, layer.with_inputs(channels))
         return profile.rearrange and saved > 0
-
-    def _grown(self, count: int, more: int, multiple: int) -> int:
-        """By how much a number of channels grows, both times rounded up."""
-        return rounded(count + more, multiple) - rounded(count, multiple)
 
 
 def _revive(labels: np.ndarray, missing: int, alive: np.ndarray) -> bool:

@@ -1,0 +1,33 @@
+"""How to simplify: every option, stated once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+PASSES = ("fold_batchnorm", "propagate_bias", "remove_zeroed")
+"""What ``skip`` may name."""
+
+
+@dataclass
+class Options:
+    """How to simplify; see :func:`onnx_simplify.simplify` for the meaning of each."""
+
+    pinned: Collection[str] = ()
+    skip: Collection[str] = ()
+    bn_folding: Collection[tuple[str, str]] | None = None
+    input_shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    input_data: Mapping[str, np.ndarray] | None = None
+    verify: bool = True
+    rtol: float | None = None
+    checks: int = 2
+    target: str | None = None
+    channel_multiple: int | None = None
+    benchmark: bool = False
+    tune: bool = False
+    threshold: float = 0.0
+    auto_threshold: float | None = None
+    threads: int = 1
+    progress: Callable[[str], None] | None = None

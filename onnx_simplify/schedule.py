@@ -1,0 +1,193 @@
+"""The order of things: prepare a graph, learn facts, plan, rewrite; again where nodes are gone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from onnx_simplify.facts.facts import Facts
+from onnx_simplify.graph.edit import label
+from onnx_simplify.graph.model import Model
+from onnx_simplify.graph.shapes import infer
+from onnx_simplify.options import Options
+from onnx_simplify.passes.absorb_gathers import absorb_gathers
+from onnx_simplify.passes.clean import clean
+from onnx_simplify.passes.compress_maps import compress_maps
+from onnx_simplify.passes.fold_batchnorm import check_pairs, fold_batchnorm
+from onnx_simplify.passes.fold_shapes import settle_sizes
+from onnx_simplify.passes.reblock_maps import reblock_maps
+from onnx_simplify.passes.regroup_shuffles import find_shuffles, regroup_shuffles
+from onnx_simplify.passes.rewrite import rewrite
+from onnx_simplify.passes.split_sums import split_sums
+from onnx_simplify.passes.store_constants import store_constants
+from onnx_simplify.passes.zero_small import zero_small
+from onnx_simplify.planning.absorbing import alive_after, find_absorptions
+from onnx_simplify.planning.plan import Plan
+from onnx_simplify.planning.planner import Planner
+from onnx_simplify.reasons import ALIGNMENT, COST, held_back, stays
+from onnx_simplify.report import Layer, Opaque, Report, add_findings, ideal_macs, layers
+from onnx_simplify.runtime.inputs import Feeds
+from onnx_simplify.runtime.measure import measured
+
+# So often a plan is made and carried out at most; almost always one turn is all it takes.
+_TURNS = 4
+
+Observer = Callable[[Facts], None]
+
+
+def simplify_in_place(
+    model: Model,
+    planner: Planner,
+    runs: Sequence[Feeds] | None,
+    report: Report,
+    options: Options,
+    step: Callable[[str], None],
+) -> None:
+    """Simplify a model, in place.
+
+    Args:
+        model: the model as loaded.
+        planner: decides.
+        runs: inputs to measure constants with, see :func:`measured`; None if the model does not
+            run.
+        report: its layers, steps and opaque nodes are filled in.
+        options: what to do.
+        step: called with what comes next.
+    """
+    folds = "fold_batchnorm" not in options.skip
+    clean(model)
+    settle_sizes(model, None if runs is None else runs[0])
+    if options.bn_folding is not None:
+        infer(model)
+        check_pairs(model, options.bn_folding)
+    if folds:
+        report.batchnorms_folded = fold_batchnorm(model, options.bn_folding)
+        model.release()
+    before = layers(model)
+    report.layers = list(before.values())
+    if options.threshold:
+        report.threshold = options.threshold
+        for node, count in zero_small(model, options.threshold).items():
+            before[node].small = count
+    zeros_only = "propagate_bias" in options.skip
+    cut = "remove_zeroed" not in options.skip
+    if zeros_only and not cut:
+        runs = None  # nothing is absorbed, for that alone removes nothing
+    aligned: dict[int, int] = {}
+
+    def first(facts: Facts) -> None:
+        # Where constants are not absorbed, what is constant is no finding.
+        _observe(Facts(model) if zeros_only else facts, before, report)
+
+    observe: Observer | None = first
+    for _ in range(_TURNS):
+        present = {id(n) for n in model.graph.nodes}
+        step("looking for what can go")
+        plan = make_plan(model, planner, runs, zeros_only=zeros_only, cut=cut, observe=observe)
+        observe = None
+        step("removing channels")
+        aligned = _aligned(plan)
+        report.steps += [s for s in plan.steps() if not s.is_idle]
+        rewrite(plan)
+        clean(model)
+        if folds and any(n.op == "BatchNormalization" for n in model.graph.nodes):
+            infer(model)
+            report.batchnorms_folded += fold_batchnorm(model, options.bn_folding)
+        if present <= {id(n) for n in model.graph.nodes}:
+            break
+        # Where nodes are gone, others may have become neighbours, or constant.
+    # A second run gives what it stores anew the same names.
+    model.free_names()
+    absorb_gathers(model, planner)
+    reblock_maps(model, planner.profile)
+    compress_maps(model)
+    infer(model)
+    _conclude(before, layers(model), aligned)
+
+
+def make_plan(
+    model: Model,
+    planner: Planner,
+    runs: Sequence[Feeds] | None,
+    *,
+    zeros_only: bool = False,
+    cut: bool = True,
+    observe: Observer | None = None,
+) -> Plan:
+    """Prepare a cleaned model, in place, and plan what becomes of it.
+
+    Preparing it does not change what it computes: operands of sums may get channels of their own,
+    constants are stored, and shuffles become gathers where they could not follow the plan.
+
+    Args:
+        model: the model.
+        planner: decides.
+        runs: inputs to measure constants with; without, none are absorbed.
+        zeros_only: absorb nothing but zeros.
+        cut: whether channels are to go.
+        observe: called with the first facts, before anything is rewritten for them.
+    """
+    absorb = runs is not None
+    facts = _facts(model, runs, planner if absorb and not zeros_only else None)
+    if observe is not None:
+        observe(facts)
+    if absorb and not zeros_only and store_constants(facts):
+        clean(model)
+        facts = _facts(model, runs, planner)
+    shuffles = find_shuffles(facts)
+    if shuffles and absorb:
+        alive = alive_after(facts, find_absorptions(facts, only_zeros=zeros_only))
+        if regroup_shuffles(facts, shuffles, alive):
+            facts = _facts(model, runs)
+            shuffles = find_shuffles(facts)
+    plan = planner.plan(facts, absorb=absorb, zeros_only=zeros_only, cut=cut)
+    if cut and shuffles and regroup_shuffles(facts, shuffles, plan.needed):
+        plan = planner.plan(_facts(model, runs), absorb=absorb, zeros_only=zeros_only, cut=cut)
+    return plan
+
+
+def _facts(model: Model, runs: Sequence[Feeds] | None, splitter: Planner | None = None) -> Facts:
+    """Facts, measured if there are runs, after sums are split if there is a planner for it."""
+    facts = Facts(model)
+    if splitter is not None and split_sums(facts, splitter):
+        facts = Facts(model)
+    return facts if runs is None else measured(facts, runs)
+
+
+def _observe(facts: Facts, found: dict[int, Layer], report: Report) -> None:
+    """Enter into a report what is known of layers before anything is rewritten."""
+    add_findings(found, facts)
+    if facts.constants is not None:
+        counts = stays(facts)
+        report.held_back = held_back(counts)
+        for key, layer in found.items():
+            layer.stays = dict(counts.get(key, {}))
+        report.ideal_macs = ideal_macs(facts, report.input_shapes, found)
+    report.opaque = [
+        Opaque(label(op.node), op.node.op, op.reason or "operator not known")
+        for op in facts.operators
+        if op.is_opaque
+    ]
+
+
+def _aligned(plan: Plan) -> dict[int, int]:
+    """By ``id`` of a layer's node, how many dead output channels stay for alignment."""
+    if plan.aligned is None:
+        return {}
+    return {
+        id(product.node): int(plan.aligned[product.channels(plan.facts)[1]].sum())
+        for product in plan.facts.contractions
+    }
+
+
+def _conclude(before: dict[int, Layer], after: dict[int, Layer], aligned: dict[int, int]) -> None:
+    """Enter what is left of each layer, and why what could have gone stays."""
+    for node, layer in before.items():
+        if node in after:
+            layer.outputs_after = after[node].outputs
+            layer.inputs_after = after[node].inputs
+            could = layer.constant + layer.dead - sum(layer.stays.values())
+            kept = min(could - layer.removed, layer.outputs_after)
+            counts = Counter({ALIGNMENT: min(kept, aligned.get(node, 0))})
+            counts[COST] = kept - counts[ALIGNMENT]
+            layer.stays.update(+counts)
