@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from onnx import ModelProto, helper
+from onnx import ModelProto, helper, numpy_helper
 
 import onnx_simplify
 from build import Graph, assert_same_function, initializer, pruned, set_initializer
@@ -114,12 +114,15 @@ def rare(bias: float, form: str) -> ModelProto:
     if form == "sigmoid":
         z = g.op("Sigmoid", z)
     else:
-        z = g.op("Sub", np.float32(1), g.op("Sigmoid", g.op("Neg", z)))
+        one = np.float32(1)
+        if form == "difference from a Constant":
+            one = g.op("Constant", value=numpy_helper.from_array(np.ones(1, np.float32)))
+        z = g.op("Sub", one, g.op("Sigmoid", g.op("Neg", z)))
     g.output(z)
     return g.model()
 
 
-@pytest.mark.parametrize("form", ["sigmoid", "difference"])
+@pytest.mark.parametrize("form", ["sigmoid", "difference", "difference from a Constant"])
 @pytest.mark.parametrize("bias", [-14.5, -12.5, -9.5])
 def test_tiny_outputs(bias, form):
     model = rare(bias, form)

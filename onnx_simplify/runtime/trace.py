@@ -83,13 +83,20 @@ class Trace:
         if node.op in BOUNDED:
             return 1.0
         if node.op in ("Add", "Sub"):
-            sizes = [
-                float(np.abs(t.values).max(initial=0.0))
-                for t in node.inputs
-                if isinstance(t, gs.Constant) and np.dtype(t.dtype).kind == "f"
-            ]
-            return max(sizes, default=0.0)
+            constants = [self._constant(t) for t in node.inputs]
+            sizes = [np.abs(c).max(initial=0.0) for c in constants if c is not None]
+            return float(max(sizes, default=0.0))
         return 0.0
+
+    def _constant(self, tensor: gs.Tensor) -> np.ndarray | None:
+        """The floats of an initializer, or of what a ``Constant`` node gives."""
+        if not isinstance(tensor, gs.Constant):
+            node = self.maker(tensor.name)
+            values = node.attrs.values() if node is not None and node.op == "Constant" else ()
+            found = [v.values if isinstance(v, gs.Constant) else np.asarray(v) for v in values]
+        else:
+            found = [tensor.values]
+        return next((v for v in found if v.dtype.kind == "f"), None)
 
     def _upstream(self, name: str) -> Iterator[gs.Node]:
         """The nodes that a tensor's values come from, nearest first."""
