@@ -183,6 +183,37 @@ def test_constants_that_a_mean_makes_uncertain_are_said_to_be():
     assert found[id(node)] == {"measured constants do not agree (rounding of a mean)": len(DEAD)}
 
 
+def test_names_that_a_dead_body_reads_are_free():
+    """An `If` that nobody reads goes, and what it read is pruned in the same run."""
+    g = Graph()
+    y = stem(g, g.input("x", ["n", 3, "h", "w"]))
+    info = helper.make_tensor_value_info("b", TensorProto.FLOAT, None)
+    bodies = [
+        helper.make_graph([helper.make_node(op, [y], ["b"])], op, [], [info])
+        for op in ("Neg", "Abs")
+    ]
+    flag = g.op("Greater", g.op("ReduceMax", y, keepdims=0), np.float32(0))
+    g.op("If", flag, then_branch=bodies[0], else_branch=bodies[1])
+    g.output(g.conv(y, g.normal(4, 16, 1, 1), g.normal(4)))
+    result, report = onnx_simplify.simplify(g.model(), channel_multiple=1)
+    assert report.channels_removed == len(DEAD)
+    assert_same_function(g.model(), result, IMAGES)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_what_overflows_for_one_sign_is_told(sign):
+    g = Graph()
+    x = g.input("x", ["n", 3, "h", "w"])
+    weight = sign * np.abs(g.normal(16, 3, 1, 1))
+    y = g.op("Exp", g.conv(x, weight, g.normal(16)))
+    y = g.op("Mul", y, pruned(np.ones((16, 1, 1), np.float32), DEAD))
+    g.output(g.conv(y, g.normal(4, 16, 1, 1), g.normal(4)))
+    positive = {"x": np.abs(IMAGES[0]["x"])}
+    _, report = onnx_simplify.simplify(g.model(), channel_multiple=1, input_data=positive)
+    assert report.channels_removed == len(DEAD)
+    assert any("Exp" in note and "infinity" in note for note in report.notes)
+
+
 @pytest.mark.parametrize("names", [("batch_size", "N"), ("B", "n"), ("N", "samples")])
 @pytest.mark.parametrize("rank", [2, 3])
 def test_lengths_are_long(names, rank):

@@ -43,7 +43,6 @@ class Model:
         template: the original message without nodes, initializers and value infos.
         overridable: initializers that are also graph inputs in IR version 4 or newer.  A caller may
             override them at run time, so they are plain inputs to the facts.
-        kept_names: tensors that must survive: graph outputs and outer values used in subgraphs.
         pinned: tensors whose channels must stay, see :meth:`pin`.
         mapped: files mapped into memory that weights are views of.
         disputed: outputs of nodes whose shapes inference gets wrong, by onnxruntime's standards.
@@ -105,7 +104,7 @@ class Model:
         self._shared: set[str] = set()
         self._names: set[str] = set()
         self.free_names()
-        self.kept_names = frozenset(captured | {t.name for t in self.graph.outputs})
+        self._holders = [n for n in self.graph.nodes if id(n) in self._captured]
         self.adopt_quantized()
         self.pinned: set[str] = set()
         self.mapped: list[mmap.mmap] = []
@@ -226,6 +225,15 @@ class Model:
                     f"cannot pin '{name}': no tensor, node or initializer has that name"
                 )
             self.pinned |= found
+
+    @property
+    def kept_names(self) -> frozenset[str]:
+        """Tensors that must survive: graph outputs, and outer values that bodies read."""
+        found = {t.name for t in self.graph.outputs}
+        for node in self._holders:
+            if node.outputs:  # those of nodes that were removed are cleared
+                found |= self.captured(node)
+        return frozenset(found)
 
     def is_kept(self, tensor: gs.Tensor) -> bool:
         """Whether the tensor is a graph output or is captured by a subgraph."""

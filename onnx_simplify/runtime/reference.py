@@ -41,7 +41,7 @@ _LONELY = 4
 # Seconds that a run may take before smaller sizes are tried.
 _PATIENCE = 1.5
 # Inputs are so much larger than usual in search of what overflows; tensors looked at together.
-_LOUD = (100.0, 10000.0)
+_LOUD = (100.0, -100.0, 10000.0, -10000.0)
 _FEW = 16
 # Inputs are scaled like this in search of outputs that are neither empty nor always the same.
 _SCALES = (10.0, 40.0, 0.1, 255.0, 2000.0)
@@ -156,7 +156,7 @@ class Reference:
         try:
             session = Session(self.model, nodes)
             for scale in (1.0, *_LOUD):
-                words = f" for inputs {scale:g} times as large" if scale > 1 else ""
+                words = f" for inputs {abs(scale):g} times as large" if scale != 1 else ""
                 feeds = {
                     n: (v * scale).astype(v.dtype) if v.dtype.kind == "f" and v.ndim > 1 else v
                     for n, v in self.runs[0].feeds.items()
