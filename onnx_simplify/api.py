@@ -49,6 +49,7 @@ from onnx_simplify.planning.planner import Planner
 from onnx_simplify.planning.profiles import PROFILES, profile
 from onnx_simplify.report import Report
 from onnx_simplify.runtime.benchmark import Timing, time_models
+from onnx_simplify.runtime.evidence import Evidence
 from onnx_simplify.runtime.reference import Reference
 from onnx_simplify.runtime.verify import Verification
 from onnx_simplify.schedule import make_plan
@@ -207,7 +208,7 @@ def propagate_bias(
     """
     working = _cleaned(model, pinned)
     planner = Planner(profile(checked_target(target)))
-    rewrite(make_plan(working, planner, _feeds(working, input_shapes, input_data), cut=False))
+    rewrite(make_plan(working, planner, _evidence(working, input_shapes, input_data), cut=False))
     return _finished(working)
 
 
@@ -237,8 +238,8 @@ def remove_zeroed(
     _check_positive(channel_multiple=channel_multiple)
     working = _cleaned(model, pinned)
     planner = Planner(profile(checked_target(target), channel_multiple))
-    feeds = _feeds(working, input_shapes, input_data)
-    rewrite(make_plan(working, planner, feeds, zeros_only=True))
+    evidence = _evidence(working, input_shapes, input_data)
+    rewrite(make_plan(working, planner, evidence, zeros_only=True))
     clean(working)
     return _finished(working)
 
@@ -259,7 +260,7 @@ def get_pinned(model: ModelSource) -> list[str]:
     """
     working = _cleaned(model)
     try:
-        _feeds(working, None, None)
+        _evidence(working, None, None)
     except CannotVerifyError:
         pass  # then sizes that are in dispute stay so, and with them their channels
     facts = Facts(working)
@@ -404,9 +405,9 @@ def _pairs(model: Model) -> list[tuple[str, str]]:
     return [(label(node), label(bn)) for node, bn, _ in foldable(model)]
 
 
-def _feeds(
+def _evidence(
     model: Model, shapes: Shapes | None, data: Mapping[str, np.ndarray] | None
-) -> list[dict[str, np.ndarray]]:
-    feeds = Reference(model, input_shapes=shapes, input_data=data).feeds
-    settle_sizes(model, feeds[0])
-    return feeds
+) -> Evidence:
+    found = Reference(model, input_shapes=shapes, input_data=data).evidence
+    settle_sizes(model, found.runs[0])
+    return found

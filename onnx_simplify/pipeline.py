@@ -26,10 +26,10 @@ from onnx_simplify.report import (
     figures,
 )
 from onnx_simplify.runtime.benchmark import Timing, time_models
+from onnx_simplify.runtime.evidence import Questions
 from onnx_simplify.runtime.inputs import candidate_sizes, input_specs
-from onnx_simplify.runtime.measure import measured
 from onnx_simplify.runtime.reference import Reference
-from onnx_simplify.schedule import simplify_in_place
+from onnx_simplify.schedule import Start, ask, may_ask, simplify_in_place, start
 
 # No channel larger than this share of its layer is taken for zero unasked.
 _LARGEST_THRESHOLD = 0.1
@@ -63,19 +63,20 @@ def run(original: Model, options: Options) -> tuple[Model, Report]:
         CannotVerifyError: the original runs on no input and verification was asked for.
         VerificationError: the result differs.
     """
-    start = time.perf_counter()
+    begin = time.perf_counter()
     step = options.progress or (lambda text: None)
     target = profile(options.target, options.channel_multiple)
+    step("analysing")
+    begun, questions = _asked(original, options, target)
     step("running the original")
-    reference, trouble = _reference(original, options)
+    reference, trouble = _reference(original, options, questions)
     original.release()
     if options.auto_threshold is not None:
         step("looking for a threshold")
         found = _largest_threshold(original, options, reference)
         rtol = options.auto_threshold if options.rtol is None else options.rtol
         options = replace(options, threshold=found, auto_threshold=None, rtol=rtol)
-    task = _Task(original, options, reference, trouble, step)
-    step("analysing")
+    task = _Task(original, options, reference, trouble, step, begun)
     try:
         model, report = task.carry_out(target)
     except VerificationError as error:
@@ -97,19 +98,43 @@ def run(original: Model, options: Options) -> tuple[Model, Report]:
     report.notes += _remarks(original, reference, report)
     if report.after.bytes > report.before.bytes + _MARGIN:
         report.notes.append("the file grows: constants that were computed are stored")
-    report.seconds = time.perf_counter() - start
+    report.seconds = time.perf_counter() - begin
     return model, report
+
+
+def _asked(original: Model, options: Options, target: Profile) -> tuple[Start | None, Questions]:
+    """What can be done before the original runs, and what to look at when it does."""
+    if not may_ask(original, options):
+        return None, {}
+    begun = start(_working_copy(original, options), options, None)
+    return begun, ask(begun, Planner(target), options, original)
+
+
+def _working_copy(original: Model, options: Options) -> Model:
+    model = original.copy()
+    model.pin(options.pinned)
+    return model
 
 
 @dataclass
 class _Task:
-    """A model to simplify according to one plan or several."""
+    """A model to simplify according to one plan or several.
+
+    Attributes:
+        original: the model as loaded.
+        options: what to do.
+        reference: its runs; None if it does not run.
+        trouble: why it does not.
+        step: called with what comes next.
+        begun: a copy that is ready for the first plan, if there is one.
+    """
 
     original: Model
     options: Options
     reference: Reference | None
     trouble: str | None
     step: Callable[[str], None]
+    begun: Start | None
 
     @cached_property
     def shapes(self) -> dict[str, list[int]]:
@@ -144,9 +169,12 @@ class _Task:
             keep_shared: leave weights alone that several nodes share.
         """
         options = replace(self.options, skip={*self.options.skip, *skip})
-        model = self.original.copy()
-        model.pin(options.pinned)
-        model.keep_shared = keep_shared
+        begun, self.begun = self.begun, None
+        if begun is None or skip or keep_shared:
+            model = _working_copy(self.original, options)
+            model.keep_shared = keep_shared
+            feeds = None if self.reference is None else self.reference.runs[0].feeds
+            begun = start(model, options, feeds)
         report = Report(before=self.before, after=self.before)
         report.input_shapes = self.shapes
         report.target = plan.name
@@ -156,8 +184,9 @@ class _Task:
             )
         if self.trouble is not None:
             report.notes.append(f"constants were not looked for: {self.trouble}")
-        runs = None if self.reference is None else self.reference.feeds
-        simplify_in_place(model, Planner(plan), runs, report, options, self.step)
+        evidence = None if self.reference is None else self.reference.evidence
+        simplify_in_place(begun, Planner(plan), evidence, report, options, self.step)
+        model = begun.model
         if model.training_is_stale():
             report.notes.append(
                 "training information was dropped: it is about weights that are gone or changed"
@@ -302,7 +331,7 @@ def _largest_threshold(original: Model, options: Options, reference: Reference |
         raise CannotVerifyError("a threshold cannot be found: the original model does not run")
     base = original.copy()
     clean(base)
-    settle_sizes(base, reference.feeds[0])
+    settle_sizes(base, reference.runs[0].feeds)
     if "fold_batchnorm" not in options.skip:
         fold_batchnorm(base, options.bn_folding)
     known = thresholds(base, _LARGEST_THRESHOLD)
@@ -324,8 +353,8 @@ def constant_outputs(model: Model, reference: Reference | None) -> list[str]:
         return []
     working = model.copy()
     clean(working)
-    settle_sizes(working, reference.feeds[0])
-    facts = measured(Facts(working), reference.feeds)
+    settle_sizes(working, reference.runs[0].feeds)
+    facts = reference.evidence.measured(Facts(working))
     return [
         t.name
         for t in working.graph.outputs
@@ -359,7 +388,9 @@ def is_half(model: Model) -> bool:
     return any(str(np.dtype(t.dtype)) in _HALF_PRECISION for t in model.initializers().values())
 
 
-def _reference(model: Model, options: Options) -> tuple[Reference | None, str | None]:
+def _reference(
+    model: Model, options: Options, questions: Questions
+) -> tuple[Reference | None, str | None]:
     """Runs of the original, or why there are none (only if verification was not asked for)."""
     try:
         reference = Reference(
@@ -367,6 +398,7 @@ def _reference(model: Model, options: Options) -> tuple[Reference | None, str | 
             input_shapes=options.input_shapes,
             input_data=options.input_data,
             count=options.checks,
+            questions=questions,
         )
         return reference, None
     except CannotVerifyError as error:

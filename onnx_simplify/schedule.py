@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from onnx_simplify.facts.facts import Facts
 from onnx_simplify.graph.edit import label
 from onnx_simplify.graph.model import Model
-from onnx_simplify.graph.shapes import infer
+from onnx_simplify.graph.shapes import infer, is_questionable
 from onnx_simplify.options import Options
 from onnx_simplify.passes.absorb_gathers import absorb_gathers
 from onnx_simplify.passes.clean import clean
@@ -26,8 +27,8 @@ from onnx_simplify.planning.plan import Plan
 from onnx_simplify.planning.planner import Planner
 from onnx_simplify.reasons import ALIGNMENT, COST, held_back, stays
 from onnx_simplify.report import Layer, Opaque, Report, add_findings, ideal_macs, layers
+from onnx_simplify.runtime.evidence import Evidence, Questions, questions_for
 from onnx_simplify.runtime.inputs import Feeds
-from onnx_simplify.runtime.measure import measured
 
 # So often a plan is made and carried out at most; almost always one turn is all it takes.
 _TURNS = 4
@@ -35,10 +36,82 @@ _TURNS = 4
 Observer = Callable[[Facts], None]
 
 
+@dataclass
+class Start:
+    """A model that is ready to be planned for.
+
+    Attributes:
+        model: the model, cleaned, sizes and BatchNormalization folded.
+        layers: its layers with weights, by ``id`` of the node.
+        folded: how many BatchNormalization nodes were folded.
+        facts: what is known of it, if that was looked for already.
+    """
+
+    model: Model
+    layers: dict[int, Layer]
+    folded: int = 0
+    facts: Facts | None = None
+
+
+def start(model: Model, options: Options, feeds: Feeds | None) -> Start:
+    """Do in place what comes before any plan.
+
+    Args:
+        model: the model as loaded.
+        options: what to do.
+        feeds: inputs to settle with on which sizes onnx and onnxruntime differ; None if it does
+            not run, or where there is no such doubt.
+
+    Raises:
+        ModelError: the options name what cannot be folded.
+    """
+    clean(model)
+    settle_sizes(model, feeds)
+    if options.bn_folding is not None:
+        infer(model)
+        check_pairs(model, options.bn_folding)
+    folded = 0
+    if "fold_batchnorm" not in options.skip:
+        folded = fold_batchnorm(model, options.bn_folding)
+        model.release()
+    found = layers(model)
+    if options.threshold:
+        for node, count in zero_small(model, options.threshold).items():
+            found[node].small = count
+    return Start(model, found, folded)
+
+
+def may_ask(original: Model, options: Options) -> bool:
+    """Whether the runs of the original can answer what a plan will ask.
+
+    Not where what onnx infers of sizes may not be what onnxruntime has, nor where weights are not
+    to be what they were.
+    """
+    doubtful = any(is_questionable(node) for node in original.graph.nodes)
+    other = options.threshold or options.auto_threshold is not None
+    return not doubtful and not other and _absorbs(options)
+
+
+def ask(begun: Start, planner: Planner, options: Options, original: Model) -> Questions:
+    """What to look at in the runs of the original; the facts are kept for the plan."""
+    begun.facts = _unmeasured(begun.model, None if _zeros_only(options) else planner)
+    names = {t.name for node in original.graph.nodes for t in node.outputs}
+    return questions_for(begun.facts, names)
+
+
+def _zeros_only(options: Options) -> bool:
+    return "propagate_bias" in options.skip
+
+
+def _absorbs(options: Options) -> bool:
+    """Whether constants are absorbed: zeros at least, for the sake of what is removed."""
+    return not {"propagate_bias", "remove_zeroed"} <= set(options.skip)
+
+
 def simplify_in_place(
-    model: Model,
+    begun: Start,
     planner: Planner,
-    runs: Sequence[Feeds] | None,
+    evidence: Evidence | None,
     report: Report,
     options: Options,
     step: Callable[[str], None],
@@ -46,33 +119,23 @@ def simplify_in_place(
     """Simplify a model, in place.
 
     Args:
-        model: the model as loaded.
+        begun: the model.
         planner: decides.
-        runs: inputs to measure constants with, see :func:`measured`; None if the model does not
-            run.
+        evidence: shows the values of constants; None if the model does not run.
         report: its layers, steps and opaque nodes are filled in.
         options: what to do.
         step: called with what comes next.
     """
+    model, before = begun.model, begun.layers
     folds = "fold_batchnorm" not in options.skip
-    clean(model)
-    settle_sizes(model, None if runs is None else runs[0])
-    if options.bn_folding is not None:
-        infer(model)
-        check_pairs(model, options.bn_folding)
-    if folds:
-        report.batchnorms_folded = fold_batchnorm(model, options.bn_folding)
-        model.release()
-    before = layers(model)
+    report.batchnorms_folded = begun.folded
     report.layers = list(before.values())
-    if options.threshold:
-        report.threshold = options.threshold
-        for node, count in zero_small(model, options.threshold).items():
-            before[node].small = count
-    zeros_only = "propagate_bias" in options.skip
+    report.threshold = options.threshold
+    zeros_only = _zeros_only(options)
     cut = "remove_zeroed" not in options.skip
-    if zeros_only and not cut:
-        runs = None  # nothing is absorbed, for that alone removes nothing
+    if not _absorbs(options):
+        evidence = None
+    facts = begun.facts
     aligned: dict[int, int] = {}
 
     def first(facts: Facts) -> None:
@@ -83,8 +146,16 @@ def simplify_in_place(
     for _ in range(_TURNS):
         present = {id(n) for n in model.graph.nodes}
         step("looking for what can go")
-        plan = make_plan(model, planner, runs, zeros_only=zeros_only, cut=cut, observe=observe)
-        observe = None
+        plan = make_plan(
+            model,
+            planner,
+            evidence,
+            zeros_only=zeros_only,
+            cut=cut,
+            observe=observe,
+            facts=facts,
+        )
+        observe = facts = None
         step("removing channels")
         aligned = _aligned(plan)
         report.steps += [s for s in plan.steps() if not s.is_idle]
@@ -108,11 +179,12 @@ def simplify_in_place(
 def make_plan(
     model: Model,
     planner: Planner,
-    runs: Sequence[Feeds] | None,
+    evidence: Evidence | None,
     *,
     zeros_only: bool = False,
     cut: bool = True,
     observe: Observer | None = None,
+    facts: Facts | None = None,
 ) -> Plan:
     """Prepare a cleaned model, in place, and plan what becomes of it.
 
@@ -122,36 +194,48 @@ def make_plan(
     Args:
         model: the model.
         planner: decides.
-        runs: inputs to measure constants with; without, none are absorbed.
+        evidence: shows the values of constants; without, none are absorbed.
         zeros_only: absorb nothing but zeros.
         cut: whether channels are to go.
         observe: called with the first facts, before anything is rewritten for them.
+        facts: what is known without evidence, if that was looked for already.
     """
-    absorb = runs is not None
-    facts = _facts(model, runs, planner if absorb and not zeros_only else None)
+    absorb = evidence is not None
+    splitter = planner if absorb and not zeros_only else None
+    facts = _facts(model, evidence, splitter, facts)
     if observe is not None:
         observe(facts)
     if absorb and not zeros_only and store_constants(facts):
         clean(model)
-        facts = _facts(model, runs, planner)
+        facts = _facts(model, evidence, splitter)
     shuffles = find_shuffles(facts)
     if shuffles and absorb:
         alive = alive_after(facts, find_absorptions(facts, only_zeros=zeros_only))
         if regroup_shuffles(facts, shuffles, alive):
-            facts = _facts(model, runs)
+            facts = _facts(model, evidence)
             shuffles = find_shuffles(facts)
     plan = planner.plan(facts, absorb=absorb, zeros_only=zeros_only, cut=cut)
     if cut and shuffles and regroup_shuffles(facts, shuffles, plan.needed):
-        plan = planner.plan(_facts(model, runs), absorb=absorb, zeros_only=zeros_only, cut=cut)
+        plan = planner.plan(_facts(model, evidence), absorb=absorb, zeros_only=zeros_only, cut=cut)
     return plan
 
 
-def _facts(model: Model, runs: Sequence[Feeds] | None, splitter: Planner | None = None) -> Facts:
-    """Facts, measured if there are runs, after sums are split if there is a planner for it."""
+def _facts(
+    model: Model,
+    evidence: Evidence | None,
+    splitter: Planner | None = None,
+    known: Facts | None = None,
+) -> Facts:
+    """Facts, measured if there is evidence, after sums are split if there is a planner for it."""
+    facts = _unmeasured(model, splitter) if known is None else known
+    return facts if evidence is None else evidence.measured(facts)
+
+
+def _unmeasured(model: Model, splitter: Planner | None) -> Facts:
     facts = Facts(model)
     if splitter is not None and split_sums(facts, splitter):
         facts = Facts(model)
-    return facts if runs is None else measured(facts, runs)
+    return facts
 
 
 def _observe(facts: Facts, found: dict[int, Layer], report: Report) -> None:

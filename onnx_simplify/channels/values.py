@@ -20,12 +20,54 @@ _LOOSE = 1e-5
 _MEAN = 4e-6
 
 
-@dataclass
-class Constants:
-    """Values read from two runs with different inputs.
+@dataclass(frozen=True)
+class Seen:
+    """What one run shows of a tensor; arrays are shaped like its layout.
 
     Attributes:
-        agreement: for each tensor, which positions had the same values in both runs.
+        dtype: type of its elements.
+        shape: its shape.
+        low: smallest value over the untracked axes, float64.
+        high: largest value.
+        values: all values, if some constant differs along those axes, else None.
+    """
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    low: np.ndarray
+    high: np.ndarray
+    values: np.ndarray | None
+
+    @staticmethod
+    def of(values: np.ndarray, constant: np.ndarray) -> Seen | None:
+        """Look at a tensor.
+
+        Args:
+            values: the tensor.
+            constant: positions said to be constant, bool, shaped like the layout.
+
+        Returns:
+            None if the tensor is not what its layout says, or holds no numbers.
+        """
+        if values.ndim != constant.ndim or values.size == 0 or values.dtype.kind in "OSU":
+            return None
+        low, high = _range(values, constant.shape)
+        rounding = _ROUNDING if values.dtype.kind == "f" else 0.0
+        kept = (constant & ~_uniform(low, high, rounding)).any()
+        return Seen(values.dtype, values.shape, low, high, _wide(values) if kept else None)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the values are not subject to rounding: integers or booleans."""
+        return self.dtype.kind in "iub"
+
+
+@dataclass
+class Constants:
+    """Values read from two runs with different inputs, and from others of other sizes.
+
+    Attributes:
+        agreement: for each tensor, which positions had the same values in all runs.
         low: smallest value over the untracked axes, by tensor (shaped like the layout).
         high: largest value.
         exact: tensors of integers or booleans, whose values are not subject to rounding.
@@ -38,52 +80,54 @@ class Constants:
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
     exact: set[str] = field(default_factory=set)
 
-    def record(self, name: str, constant: np.ndarray, values: np.ndarray) -> None:
+    def record(self, name: str, constant: np.ndarray, seen: Seen | None) -> None:
         """Record a first measurement.
 
         Args:
             name: the tensor.
             constant: positions said to be constant, bool, shaped like the layout.
-            values: the tensor, of the layout's rank.
+            seen: what the run shows of it.
         """
         self.agreement[name] = np.zeros(constant.shape, bool)
-        if values.ndim != constant.ndim or values.size == 0 or values.dtype.kind in "OSU":
+        if seen is None or seen.low.shape != constant.shape:
             return
-        if values.dtype.kind in "iub":
+        if seen.is_exact:
             self.exact.add(name)
-        low, high = _range(values, constant.shape)
+        low, high = seen.low, seen.high
         # Larger integers have no float64 of their own.
         agree = constant & (np.abs(low) < 2.0**53) & (np.abs(high) < 2.0**53)
-        if values.dtype.kind == "f":
+        if seen.dtype.kind == "f":
             agree = constant & np.isfinite(low) & np.isfinite(high)
         self.agreement[name], self.low[name], self.high[name] = agree, low, high
-        if (agree & ~_uniform(low, high, 0.0 if self.is_exact(name) else _ROUNDING)).any():
-            self.arrays[name] = _wide(values)
+        if seen.values is not None:
+            self.arrays[name] = seen.values
 
-    def confirm(self, name: str, values: np.ndarray, *, same_sizes: bool) -> None:
+    def confirm(self, name: str, seen: Seen | None, *, same_sizes: bool) -> None:
         """Withdraw positions that are not what they were in the first measurement.
 
         Args:
             name: the tensor.
-            values: the tensor in another run.
+            seen: what another run shows of it.
             same_sizes: whether the inputs had the same sizes; constants are then equal to the last
                 bit.
         """
         agree = self.agreement[name]
         if not agree.any():
             return
-        if values.ndim != agree.ndim or values.size == 0:
+        if seen is None or seen.low.shape != agree.shape:
             self.agreement[name] = np.zeros(agree.shape, bool)
             return
         low, high = self.low[name], self.high[name]
         slack = np.zeros(agree.shape)
         if not same_sizes and not self.is_exact(name):
-            slack = _drift(values.dtype) * np.maximum(np.abs(low), np.abs(high))
-        other_low, other_high = _range(values, agree.shape)
-        agree = agree & (np.abs(other_low - low) <= slack) & (np.abs(other_high - high) <= slack)
+            slack = _drift(seen.dtype) * np.maximum(np.abs(low), np.abs(high))
+        agree = agree & (np.abs(seen.low - low) <= slack) & (np.abs(seen.high - high) <= slack)
         if same_sizes and name in self.arrays:
-            axes = tuple(k for k, s in enumerate(agree.shape) if s == 1)
-            agree &= (_wide(values) == self.arrays[name]).all(axis=axes, keepdims=True)
+            if seen.values is None:
+                agree &= low == high  # the others would have been kept
+            else:
+                axes = tuple(k for k, s in enumerate(agree.shape) if s == 1)
+                agree &= (seen.values == self.arrays[name]).all(axis=axes, keepdims=True)
         self.agreement[name] = agree
 
     def adopt(self, name: str, low: np.ndarray, high: np.ndarray, where: np.ndarray) -> None:

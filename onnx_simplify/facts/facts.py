@@ -133,6 +133,12 @@ class Facts:
         return computed.difference(op.accounts_for()) if computed else computed
 
     @cached_property
+    def sizes(self) -> dict[str, list]:
+        """Symbolic shapes of inputs and of what nodes compute, by tensor name."""
+        tensors = [*self.model.graph.inputs, *(t for op in self.operators for t in op.outputs)]
+        return {t.name: self.shape(t) for t in tensors if t.name in self.layouts.of}
+
+    @cached_property
     def contractions(self) -> list[Contraction]:
         """All products with constant weights, in execution order."""
         return [product for op in self.operators for product in op.contractions]

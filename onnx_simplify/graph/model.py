@@ -48,6 +48,7 @@ class Model:
         disputed: outputs of nodes whose shapes inference gets wrong, by onnxruntime's standards.
         files: what the model was loaded from: its file, then those of external data.
         source_bytes: size of what the model was loaded from, external data included.
+        aliases: new tensors that have the value of one that the model as loaded has, and which.
         patterns: which weights are zero.
         keep_shared: leave nodes alone whose weights others read, too, so that these need no copy.
         stand_in: run a float32 version of the model, see :mod:`onnx_simplify.runtime.widen`.
@@ -109,6 +110,7 @@ class Model:
         self.pinned: set[str] = set()
         self.mapped: list[mmap.mmap] = []
         self.keep_shared = False
+        self.aliases: dict[str, str] = {}
         self.patterns = Patterns()
         self.stand_in = False
         self.disputed: frozenset[str] = frozenset()
@@ -285,6 +287,7 @@ class Model:
         other.stand_in = self.stand_in
         other.keep_shared = self.keep_shared
         other.disputed = self.disputed
+        other.aliases = dict(self.aliases)
         other._trained = self._trained
         return other
 

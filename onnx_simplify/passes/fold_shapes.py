@@ -24,8 +24,8 @@ from onnx_simplify.graph.shapes import infer
 from onnx_simplify.graph.traits import SELECTS
 from onnx_simplify.operators.nodes import constant_input, constant_ints
 from onnx_simplify.passes.clean import fold_constants
+from onnx_simplify.runtime.disputes import settle_disputes
 from onnx_simplify.runtime.inputs import Feeds
-from onnx_simplify.runtime.measure import settle_disputes
 
 # Longer vectors are not shapes.
 _LONGEST = 64

@@ -134,6 +134,7 @@ def _identity(
         weight[np.arange(channels), np.arange(channels)] = 1
         weights[channels, rank] = weight
     result = gs.Variable(model.unique(f"{tensor.name}_wide"), tensor.dtype, list(tensor.shape))
+    model.aliases[result.name] = tensor.name
     return gs.Node(
         op="Conv",
         name=model.unique(f"{tensor.name}_widen"),

@@ -15,6 +15,7 @@ from onnx_simplify.graph.edit import label
 from onnx_simplify.graph.model import Model
 from onnx_simplify.graph.traits import OVERFLOWS
 from onnx_simplify.runtime.difference import is_informative
+from onnx_simplify.runtime.evidence import Evidence, Questions, look
 from onnx_simplify.runtime.inputs import (
     STYLES,
     Feeds,
@@ -65,6 +66,7 @@ class Reference:
         input_shapes: Mapping[str, Sequence[int]] | None = None,
         input_data: Mapping[str, np.ndarray] | None = None,
         count: int = 2,
+        questions: Questions | None = None,
     ):
         """Find inputs that the model accepts, and run it.
 
@@ -73,6 +75,7 @@ class Reference:
             input_shapes: sizes for inputs, by name.
             input_data: values for the first run, by input name.
             count: number of random inputs of the first sizes; two at least are made.
+            questions: what to look at inside, see :func:`questions_for`.
 
         Raises:
             ModelError: the shapes or data do not fit the model's inputs.
@@ -82,8 +85,9 @@ class Reference:
         self.specs = input_specs(model, input_shapes)
         self.runs: list[Run] = []
         self.one_size = False
+        self._questions = questions or {}
         session = self._open()
-        self.names = session.output_names
+        self.names = session.output_names[: session.own]
         try:
             self._run(session, input_data, max(2, count))
         except CannotVerifyError:
@@ -91,14 +95,14 @@ class Reference:
                 raise
             # There may be kernels, but no way to feed them.
             model.stand_in = True
-            session = Session(model)
+            session = Session(model, self._questions)
             self._run(session, input_data, max(2, count))
         self._look_further(session)
         if session.is_random:
             # Noise depends on how many runs there were before.
             session = self._open()
             for run in self.runs:
-                run.outputs = session.run(run.feeds)
+                run.outputs = session.run(run.feeds, self.names)
 
     def _run(self, session: Session, data: Mapping[str, np.ndarray] | None, count: int) -> None:
         if data is not None:
@@ -132,7 +136,7 @@ class Reference:
         wanted = self.mute()
         for feeds in self._other_values() if wanted else ():
             try:
-                outputs = session.run(feeds)
+                outputs = session.run(feeds, self.names)
             except Exception:  # not for this model
                 continue
             if not all(_is_finite(o) for o in outputs):
@@ -198,25 +202,24 @@ class Reference:
                     for n, v in run.feeds.items()
                 }
 
-    @property
-    def feeds(self) -> list[Feeds]:
-        """Inputs for measuring: two of the same sizes, then those where more than batches vary."""
+    @cached_property
+    def evidence(self) -> Evidence:
+        """What runs show: two of the same sizes, then those where more than batches vary."""
         first = self.runs[0]
         shapes = {n: v.shape[1:] for n, v in first.feeds.items()}
-        other = [
-            r.feeds for r in self.runs if any(v.shape[1:] != shapes[n] for n, v in r.feeds.items())
-        ]
-        return [first.feeds, self.runs[1].feeds, *other]
+        others = [r for r in self.runs if any(v.shape[1:] != shapes[n] for n, v in r.feeds.items())]
+        chosen = [first, self.runs[1], *others]
+        return Evidence([r.feeds for r in chosen], [r.inner for r in chosen])
 
     def _open(self) -> Session:
         try:
-            return Session(self.model)
+            return Session(self.model, self._questions)
         except Exception as error:
             reason = first_line(error)
         if needs_widening(self.model.structure()[0]):
             self.model.stand_in = True
             try:
-                return Session(self.model)
+                return Session(self.model, self._questions)
             except Exception:  # the first reason is the better one
                 self.model.stand_in = False
         raise CannotVerifyError(f"onnxruntime cannot load the original model: {reason}")
@@ -287,8 +290,8 @@ class Reference:
 
     def _once(self, session: Session, sizes: Mapping[str, int], seed: int, style: str) -> Run:
         feeds = make_feeds(self.model, self.specs, sizes, seed, style)
-        outputs = session.run(feeds)
-        if not all(_is_finite(o) for o in outputs):
+        found = self._looked(session, feeds, sizes)
+        if not all(_is_finite(o) for o in found.outputs):
             # Logarithms and roots want positive inputs.
             positive = {
                 n: (1 / (1 + np.exp(-v.astype(np.float32)))).astype(v.dtype)
@@ -296,15 +299,22 @@ class Reference:
                 else v
                 for n, v in feeds.items()
             }
-            better = session.run(positive)
-            if all(_is_finite(o) for o in better):
-                return Run(positive, better, dict(sizes))
-        return Run(feeds, outputs, dict(sizes))
+            better = self._looked(session, positive, sizes)
+            if all(_is_finite(o) for o in better.outputs):
+                return better
+        return found
+
+    def _looked(self, session: Session, feeds: Feeds, sizes: Mapping[str, int] | None) -> Run:
+        """Run, and look at what is asked."""
+        values = session.run(feeds)
+        named = zip(session.output_names, values, strict=True)
+        inner = look({n: v for n, v in named if n in self._questions}, self._questions)
+        return Run(feeds, values[: session.own], dict(sizes or {}), inner)
 
     def _run_data(self, session: Session, data: Mapping[str, np.ndarray], count: int) -> None:
         feeds = _fit(self.specs, data)
         try:
-            self.runs = [Run(feeds, session.run(feeds))]
+            self.runs = [self._looked(session, feeds, None)]
         except Exception as error:
             raise ModelError(
                 f"input data: the original model rejects them: {first_line(error)}"
@@ -314,13 +324,13 @@ class Reference:
         for seed in range(1, count):
             other = make_feeds(self.model, specs, {}, seed)
             try:
-                self.runs.append(Run(other, session.run(other)))
+                self.runs.append(self._looked(session, other, None))
             except Exception:
                 other = {n: v[..., ::-1].copy() if v.ndim else v for n, v in feeds.items()}
                 try:
-                    self.runs.append(Run(other, session.run(other)))
+                    self.runs.append(self._looked(session, other, None))
                 except Exception:  # the values are such that no others do
-                    self.runs.append(Run(feeds, session.run(feeds)))
+                    self.runs.append(self._looked(session, feeds, None))
 
     def compare(
         self,

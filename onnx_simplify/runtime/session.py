@@ -38,6 +38,7 @@ class Session:
     Attributes:
         raw: onnxruntime's session; not to be used without this object.
         output_names: names of the outputs.
+        own: how many of these are the model's own; what was exposed besides follows.
         is_random: whether the model makes random numbers of its own.
     """
 
@@ -79,6 +80,7 @@ class Session:
         self.is_random = bool(noisy)
         self._loops = any(n.op_type in ("Loop", "Scan") for n in nodes)
         self.output_names = [o.name for o in proto.graph.output]
+        self.own = len(model.template.graph.output)
         self._weights: dict[str, np.ndarray] = {}
         if not always and sum(a.nbytes for a in large.values()) > _LARGE:
             optimize = False

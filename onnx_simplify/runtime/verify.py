@@ -17,6 +17,7 @@ from functools import cached_property
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnx_simplify.channels.values import Seen
 from onnx_simplify.errors import CannotVerifyError, RunError, first_line
 from onnx_simplify.facts.facts import Facts
 from onnx_simplify.graph.model import Model
@@ -50,11 +51,12 @@ _NEAR = 96
 
 @dataclass
 class Run:
-    """One run of the original: inputs, outputs, and sizes of free dimensions."""
+    """One run of the original: inputs, outputs, sizes of free dimensions, and what was inside."""
 
     feeds: Feeds
     outputs: list[np.ndarray]
     sizes: dict[str, int] = field(default_factory=dict)
+    inner: dict[str, Seen | None] = field(default_factory=dict)
 
 
 @dataclass

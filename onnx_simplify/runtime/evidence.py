@@ -1,0 +1,211 @@
+"""Evidence: what runs show of the values of constant channels.
+
+A tensor has one name as long as it has one value, so the runs of the original, which verification
+needs anyway, show the constants of a graph that was made from it. What they were not asked for is
+read from runs of that graph itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnx_simplify.channels.values import UNIFORM, VARYING, Constants, Seen
+from onnx_simplify.facts.facts import Facts
+from onnx_simplify.operators import Operator
+from onnx_simplify.runtime.inputs import Feeds
+from onnx_simplify.runtime.session import Session
+
+# Fetch about this many bytes of activations at a time.
+_CHUNK = 1 << 28
+
+Questions = dict[str, np.ndarray]
+"""By the name of a tensor, positions that are constant by the rules, shaped like its layout."""
+
+
+class Evidence:
+    """What is known from runs.
+
+    Attributes:
+        runs: inputs; the first two of the same sizes and different values, any further ones of
+            other sizes.
+        seen: for each run, what the original's tensors held, by name.
+    """
+
+    def __init__(self, runs: Sequence[Feeds], seen: Sequence[Mapping[str, Seen | None]] = ()):
+        """Start from runs, and from what was asked in them, if anything was."""
+        self.runs = list(runs)
+        self.seen = [dict(found) for found in seen] or [{} for _ in self.runs]
+
+    def measured(self, facts: Facts) -> Facts:
+        """Facts with the values of constants.
+
+        Args:
+            facts: what is known without; a name of the original stands for the original's values.
+        """
+        asked = _questions(facts)
+        aliases = facts.model.aliases
+        missing = []
+        for name in asked:
+            known = self.seen[0].get(aliases.get(name, name))
+            if known is None or known.low.shape != asked[name].shape:
+                missing.append(name)
+        found = self._read(facts, {name: asked[name] for name in missing}) if missing else []
+        constants = Constants()
+        for name, constant in asked.items():
+            source = aliases.get(name, name)
+            answers = [
+                fresh.get(name) if name in fresh else known.get(source)
+                for known, fresh in zip(self.seen, found or [{}] * len(self.seen), strict=True)
+            ]
+            constants.record(name, constant & _is_as_expected(facts, name, answers[0]), answers[0])
+            for number, answer in enumerate(answers[1:], 1):
+                constants.confirm(name, answer, same_sizes=number == 1)
+        for name, chain in _chains(facts, asked).items():
+            _pass_on(facts, constants, name, chain)
+        return facts.measured(constants)
+
+    def _read(self, facts: Facts, questions: Questions) -> list[dict[str, Seen | None]]:
+        """Run the graph itself."""
+        found: list[dict[str, Seen | None]] = [{} for _ in self.runs]
+        session = Session(facts.model, questions)
+        for names in _chunks(facts, questions, self.runs[0]):
+            for seen, feeds in zip(found, self.runs, strict=True):
+                # One run's tensors at a time: they are large.
+                values = session.run(feeds, names)
+                seen.update(look(dict(zip(names, values, strict=True)), questions))
+        facts.model.release()
+        return found
+
+
+def look(values: Mapping[str, np.ndarray], questions: Questions) -> dict[str, Seen | None]:
+    """What tensors of a run show of what is asked."""
+    return {name: Seen.of(array, questions[name]) for name, array in values.items()}
+
+
+def questions_for(facts: Facts, original: Collection[str]) -> Questions:
+    """What to ask the original's runs about a graph that was made from it.
+
+    Args:
+        facts: what is known of that graph, unmeasured.
+        original: names of the original's tensors.
+
+    Returns:
+        Nothing, if it would take much memory to answer at once.
+    """
+    found: Questions = {}
+    aliases = facts.model.aliases
+    asked = _questions(facts)
+    for name, constant in asked.items():
+        source = aliases.get(name, name)
+        if source in original:
+            found[source] = found[source] | constant if source in found else constant
+    pixels = _pixels(
+        [d for d in t.shape or () if isinstance(d, int)] for t in facts.model.graph.inputs
+    )
+    total = sum(_bytes(facts, name, pixels) for name in asked)
+    return found if total <= _CHUNK else {}
+
+
+def _questions(facts: Facts) -> Questions:
+    """All that a graph's facts lack."""
+    found = {t.name: t for t in wanted(facts)}
+    found |= {c[0].inputs[0].name: c[0].inputs[0] for c in _chains(facts, found).values()}
+    names = [n for n in found if n not in facts.model.input_names]
+    return {n: facts.level[n] > VARYING for n in names}
+
+
+def _is_as_expected(facts: Facts, name: str, seen: Seen | None) -> bool:
+    """Whether a tensor has the sizes that were inferred.
+
+    Shape inference and onnxruntime do not agree on everything.
+    """
+    dims = facts.sizes[name]
+    return seen is not None and all(
+        d == s for d, s in zip(dims, seen.shape, strict=True) if isinstance(d, int)
+    )
+
+
+def wanted(facts: Facts) -> list[gs.Tensor]:
+    """The tensors whose constant values decide something.
+
+    Operators say which of their inputs these are; tensors that must exist in any case are added
+    where they are constant altogether.
+    """
+    found: dict[str, gs.Tensor] = {}
+    required = list(facts.model.graph.outputs)
+    for op in facts.operators:
+        if op.is_opaque:
+            required += op.inputs
+        for index in op.wants_values(facts):
+            tensor = op.inputs[index]
+            if facts.has(tensor) and (facts.level[tensor.name] > VARYING).any():
+                found[tensor.name] = tensor
+    for tensor in required:
+        if facts.has(tensor) and (facts.level[tensor.name] > VARYING).all():
+            found[tensor.name] = tensor
+    return list(found.values())
+
+
+def _chains(facts: Facts, names: Collection[str]) -> dict[str, list[Operator]]:
+    """For tensors behind a pooling, the nodes that pass their uniform constants on unchanged."""
+    found = {}
+    for name in names:
+        chain: list[Operator] = []
+        op = facts.producer.get(name)
+        while op is not None and facts.has(op.inputs[0]):
+            zeros = np.zeros(facts.layouts.of[op.inputs[0].name].shape)
+            if op.passed(facts, zeros) is None:
+                break
+            chain.insert(0, op)
+            op = facts.producer.get(op.inputs[0].name)
+        if any(link.averages for link in chain):
+            found[name] = chain
+    return found
+
+
+def _pass_on(facts: Facts, constants: Constants, name: str, chain: list[Operator]) -> None:
+    """Take the constants of a tensor from before the poolings, which round."""
+    source = chain[0].inputs[0].name
+    if source not in constants.low or name not in constants.low:
+        return
+    good = constants.agreement[source] & (facts.level[source] == UNIFORM)
+    ends = []
+    for values in (constants.low[source], constants.high[source]):
+        passed: np.ndarray | None = np.where(good, values, np.nan)
+        for op in chain:
+            assert passed is not None
+            passed = op.passed(facts, passed)
+        ends.append(passed)
+    low, high = ends
+    if low is not None and high is not None:
+        constants.adopt(name, low, high, facts.level[name] == UNIFORM)
+
+
+def _chunks(facts: Facts, names: Iterable[str], feeds: Feeds) -> Iterator[list[str]]:
+    """Names in groups whose estimated sizes add up to a bounded amount of memory."""
+    pixels = _pixels(v.shape for v in feeds.values())
+    chunk: list[str] = []
+    total = 0
+    for name in names:
+        size = _bytes(facts, name, pixels)
+        if chunk and total + size > _CHUNK:
+            yield chunk
+            chunk, total = [], 0
+        chunk.append(name)
+        total += size
+    yield chunk
+
+
+def _pixels(shapes: Iterable[Sequence[int]]) -> int:
+    """Positions in space of the largest input."""
+    return max((int(np.prod(shape[2:])) for shape in shapes), default=1)
+
+
+def _bytes(facts: Facts, name: str, pixels: int) -> int:
+    """About how large a tensor is."""
+    dims = facts.sizes[name]
+    size = 4 * int(np.prod([d for d in dims if isinstance(d, int)] or [1]))
+    return size if all(isinstance(d, int) for d in dims[1:]) else size * pixels
