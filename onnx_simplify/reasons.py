@@ -11,7 +11,7 @@ from onnx_simplify.channels.values import VARYING
 from onnx_simplify.facts.facts import Facts
 from onnx_simplify.operators import Operator, contractions
 from onnx_simplify.operators.nodes import kind
-from onnx_simplify.planning.absorbing import alive_after, find_absorptions
+from onnx_simplify.planning.absorbing import Prospect
 
 COUPLED = "coupled with channels that vary"
 SIZES = "sizes are not known"
@@ -23,16 +23,16 @@ COST = "removing them would cost more than it saves"
 OPAQUE = "read by "
 
 
-def stays(facts: Facts) -> dict[int, Counter[str]]:
+def stays(prospect: Prospect) -> dict[int, Counter[str]]:
     """For each layer, how many of its output channels stay for which reason.
 
     Args:
-        facts: what is known of it.
+        prospect: what is known, measured, and could be absorbed.
 
     Returns:
         Counts by reason, by ``id`` of the layer's node; what could go is not among them.
     """
-    alive = alive_after(facts, find_absorptions(facts, only_zeros=False))
+    facts, alive = prospect.facts, prospect.alive
     names, frozen = _frozen(facts)
     varying, unsure = _varying(facts)
     unable = _unable(facts)

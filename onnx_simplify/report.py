@@ -15,9 +15,9 @@ from onnx_simplify.facts.facts import Facts
 from onnx_simplify.graph.edit import label
 from onnx_simplify.graph.model import Model
 from onnx_simplify.graph.quantized import QuantizedConstant
-from onnx_simplify.graph.shapes import infer
+from onnx_simplify.graph.shapes import infer, static_shapes
 from onnx_simplify.graph.store import serialized_size
-from onnx_simplify.operators import contractions
+from onnx_simplify.operators import bind, contractions
 from onnx_simplify.passes.clean import clean, fold_constants
 from onnx_simplify.passes.fold_shapes import fold_shapes
 from onnx_simplify.planning.plan import Step
@@ -183,6 +183,9 @@ def count_macs(model: Model, shapes: Mapping[str, Sequence[int]]) -> int | None:
 
 def _macs(model: Model, shapes: Mapping[str, Sequence[int]]) -> dict[str, int] | None:
     """Multiply-accumulate operations by the layer's output; None if sizes are not known."""
+    found = _macs_as_inferred(model, shapes)
+    if found is not None:
+        return found
     model = model.copy()
     if any(_is_constant(n) for n in model.graph.nodes):
         clean(model)
@@ -200,6 +203,27 @@ def _macs(model: Model, shapes: Mapping[str, Sequence[int]]) -> dict[str, int] |
             return None
         sizes = {t.name: list(t.shape) for t in tensors}
         found[product.outputs[0].name] = product.macs(sizes)
+    return found
+
+
+def _macs_as_inferred(model: Model, shapes: Mapping[str, Sequence[int]]) -> dict[str, int] | None:
+    """The same, where inference knows all sizes, and weights are stored."""
+    if any(_is_constant(node) for node in model.graph.nodes):
+        return None
+    products = [p for node in model.graph.nodes for p in bind(node).contractions]
+    if not all(product.is_sound for product in products):
+        return None
+    sizes = static_shapes(model, shapes)
+    found = {}
+    for product in products:
+        tensors = [t for t in (*product.inputs, *product.outputs) if t.name]
+        own = {
+            t.name: list(t.shape) if isinstance(t, gs.Constant) else sizes.get(t.name)
+            for t in tensors
+        }
+        if any(shape is None or None in shape for shape in own.values()):
+            return None
+        found[product.outputs[0].name] = product.macs(own)
     return found
 
 

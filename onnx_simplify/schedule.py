@@ -22,7 +22,7 @@ from onnx_simplify.passes.rewrite import rewrite
 from onnx_simplify.passes.split_sums import split_sums
 from onnx_simplify.passes.store_constants import store_constants
 from onnx_simplify.passes.zero_small import zero_small
-from onnx_simplify.planning.absorbing import alive_after, find_absorptions
+from onnx_simplify.planning.absorbing import Prospect
 from onnx_simplify.planning.plan import Plan
 from onnx_simplify.planning.planner import Planner
 from onnx_simplify.reasons import ALIGNMENT, COST, held_back, stays
@@ -33,7 +33,7 @@ from onnx_simplify.runtime.inputs import Feeds
 # So often a plan is made and carried out at most; almost always one turn is all it takes.
 _TURNS = 4
 
-Observer = Callable[[Facts], None]
+Observer = Callable[[Prospect], None]
 
 
 @dataclass
@@ -138,9 +138,10 @@ def simplify_in_place(
     facts = begun.facts
     aligned: dict[int, int] = {}
 
-    def first(facts: Facts) -> None:
+    def first(prospect: Prospect) -> None:
         # Where constants are not absorbed, what is constant is no finding.
-        _observe(Facts(model) if zeros_only else facts, before, report)
+        known = Prospect.of(Facts(model)) if zeros_only else prospect
+        _observe(known, before, report)
 
     observe: Observer | None = first
     for _ in range(_TURNS):
@@ -200,35 +201,29 @@ def make_plan(
         observe: called with the first facts, before anything is rewritten for them.
         facts: what is known without evidence, if that was looked for already.
     """
-    absorb = evidence is not None
-    splitter = planner if absorb and not zeros_only else None
-    facts = _facts(model, evidence, splitter, facts)
+    absorbs_all = evidence is not None and not zeros_only
+    splitter = planner if absorbs_all else None
+
+    def look(known: Facts | None = None, splitter: Planner | None = None) -> Prospect:
+        facts = _unmeasured(model, splitter) if known is None else known
+        if evidence is not None:
+            facts = evidence.measured(facts)
+        return Prospect.of(facts, zeros_only=zeros_only)
+
+    prospect = look(facts, splitter)
     if observe is not None:
-        observe(facts)
-    if absorb and not zeros_only and store_constants(facts):
+        observe(prospect)
+    if absorbs_all and store_constants(prospect.facts):
         clean(model)
-        facts = _facts(model, evidence, splitter)
-    shuffles = find_shuffles(facts)
-    if shuffles and absorb:
-        alive = alive_after(facts, find_absorptions(facts, only_zeros=zeros_only))
-        if regroup_shuffles(facts, shuffles, alive):
-            facts = _facts(model, evidence)
-            shuffles = find_shuffles(facts)
-    plan = planner.plan(facts, absorb=absorb, zeros_only=zeros_only, cut=cut)
-    if cut and shuffles and regroup_shuffles(facts, shuffles, plan.needed):
-        plan = planner.plan(_facts(model, evidence), absorb=absorb, zeros_only=zeros_only, cut=cut)
+        prospect = look(None, splitter)
+    shuffles = find_shuffles(prospect.facts)
+    if regroup_shuffles(prospect.facts, shuffles, prospect.alive):
+        prospect = look()
+        shuffles = find_shuffles(prospect.facts)
+    plan = planner.plan(prospect, cut=cut)
+    if cut and regroup_shuffles(prospect.facts, shuffles, plan.needed):
+        plan = planner.plan(look(), cut=cut)
     return plan
-
-
-def _facts(
-    model: Model,
-    evidence: Evidence | None,
-    splitter: Planner | None = None,
-    known: Facts | None = None,
-) -> Facts:
-    """Facts, measured if there is evidence, after sums are split if there is a planner for it."""
-    facts = _unmeasured(model, splitter) if known is None else known
-    return facts if evidence is None else evidence.measured(facts)
 
 
 def _unmeasured(model: Model, splitter: Planner | None) -> Facts:
@@ -238,11 +233,12 @@ def _unmeasured(model: Model, splitter: Planner | None) -> Facts:
     return facts
 
 
-def _observe(facts: Facts, found: dict[int, Layer], report: Report) -> None:
+def _observe(prospect: Prospect, found: dict[int, Layer], report: Report) -> None:
     """Enter into a report what is known of layers before anything is rewritten."""
+    facts = prospect.facts
     add_findings(found, facts)
     if facts.constants is not None:
-        counts = stays(facts)
+        counts = stays(prospect)
         report.held_back = held_back(counts)
         for key, layer in found.items():
             layer.stays = dict(counts.get(key, {}))

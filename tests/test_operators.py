@@ -7,7 +7,7 @@ import onnx
 import pytest
 
 import onnx_simplify
-from build import Graph, assert_same_function, count, gated_constants, initializer, pruned
+from build import Graph, assert_same_function, count, gated_constants, initializer, pruned, run
 from onnx_simplify.facts.facts import Facts
 from onnx_simplify.graph.load import load
 
@@ -443,3 +443,32 @@ def test_pooling_where_channels_became_a_batch():
     y = g.op("AveragePool", y, kernel_shape=[3], pads=[1, 1], count_include_pad=1)
     g.output(g.op("ReduceMean", y, axes=[2], keepdims=0))
     simplified(g.model())
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_response_to_constants_under_padding(seed):
+    """What taps see of constants and of padding, summed up, is what the convolution makes."""
+    random = np.random.default_rng(seed)
+    rank = int(random.integers(1, 4))
+    groups, kernel = int(random.choice([1, 1, 2, 3])), random.integers(1, 4, rank).tolist()
+    inputs, outputs = groups * int(random.integers(1, 4)), groups * int(random.integers(1, 4))
+    sizes = random.integers(6, 11, rank).tolist()
+    attributes = {
+        "pads": random.integers(0, 3, 2 * rank).tolist(),
+        "strides": random.integers(1, 3, rank).tolist(),
+        "dilations": random.integers(1, 3, rank).tolist(),
+        "group": groups,
+    }
+    g = Graph()
+    weight = g.normal(outputs, inputs // groups, *kernel)
+    g.output(g.conv(g.input("x", [1, inputs, *sizes]), weight, **attributes))
+    facts = Facts(load(g.model()))
+    (product,) = facts.contractions
+    values = random.normal(size=inputs) * (random.random(inputs) < 0.7)
+    found = product.border_response(values, facts)
+    x = np.broadcast_to(values.reshape(-1, *[1] * rank), [1, inputs, *sizes]).astype(np.float32)
+    (expected,) = run(g.model(), {"x": x}).values()
+    for axis in range(rank):
+        padded = attributes["pads"][axis] or attributes["pads"][axis + rank]
+        assert found.shape[axis + 2] == (expected.shape[axis + 2] if padded else 1)
+    assert np.allclose(np.broadcast_to(found, expected.shape), expected, atol=1e-5)

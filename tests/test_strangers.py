@@ -21,6 +21,7 @@ from onnx_simplify.channels.values import Constants
 from onnx_simplify.facts.facts import Facts
 from onnx_simplify.graph.load import load
 from onnx_simplify.planning import profiles
+from onnx_simplify.planning.absorbing import Prospect
 from random_graphs import random_model
 
 DEAD = tuple(range(0, 16, 2))
@@ -179,7 +180,7 @@ def test_constants_that_a_mean_makes_uncertain_are_said_to_be():
     (node, *_) = facts.model.graph.nodes
     mean = next(n.outputs[0].name for n in facts.model.graph.nodes if n.op == "ReduceMean")
     disagreeing = Constants(agreement={mean: np.zeros((1, 16, 1, 1), bool)})
-    found = reasons.stays(facts.measured(disagreeing), absorbing=True)
+    found = reasons.stays(Prospect.of(facts.measured(disagreeing)))
     assert found[id(node)] == {"measured constants do not agree (rounding of a mean)": len(DEAD)}
 
 

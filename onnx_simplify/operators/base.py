@@ -7,22 +7,16 @@ Every array of ids, levels or masks is shaped like the *layout* of the tensor it
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnx_simplify.channels.layouts import Unsupported
+from onnx_simplify.channels.layouts import Layouts, Unsupported
 from onnx_simplify.graph.patterns import Patterns
+from onnx_simplify.graph.shapes import Dim
+from onnx_simplify.operators.interfaces import KnownFacts, Removal
 from onnx_simplify.operators.nodes import kind
-
-if TYPE_CHECKING:
-    from onnx_simplify.channels.layouts import Layouts
-    from onnx_simplify.facts.facts import Facts
-    from onnx_simplify.graph.shapes import Dim
-    from onnx_simplify.operators.contraction import Contraction
-    from onnx_simplify.passes.cut import Cut
-
 
 Masks = list[np.ndarray | None]
 
@@ -78,8 +72,11 @@ class Operator:
         return self.node.attrs
 
     @property
-    def contractions(self) -> Sequence[Contraction]:
-        """The products with constant weights that it forms, which read and make channels."""
+    def contractions(self) -> Sequence[Any]:
+        """The products with constant weights that it forms, which read and make channels.
+
+        Each is a :class:`~onnx_simplify.operators.contraction.Contraction`.
+        """
         return ()
 
     @property
@@ -147,15 +144,15 @@ class Operator:
         """
         return None
 
-    def level(self, facts: Facts) -> Masks:
+    def level(self, facts: KnownFacts) -> Masks:
         """Level of constancy of each output (None: everything varies)."""
         return [None] * len(self.outputs)
 
-    def need(self, facts: Facts, outputs: Masks) -> Masks:
+    def need(self, facts: KnownFacts, outputs: Masks) -> Masks:
         """Positions of each input that the needed positions of the outputs depend on."""
         return facts.all_of(self.inputs)
 
-    def constrain(self, facts: Facts, alive: np.ndarray) -> bool:
+    def constrain(self, facts: KnownFacts, alive: np.ndarray) -> bool:
         """Revive channels (in ``alive``, by label) so that :meth:`shrink` is possible.
 
         Returns:
@@ -163,18 +160,18 @@ class Operator:
         """
         return False
 
-    def shrink(self, cut: Cut) -> None:
+    def shrink(self, cut: Removal) -> None:
         """Rewrite the node after channels of its inputs and outputs have left."""
 
-    def may_reorder(self, facts: Facts) -> bool:
+    def may_reorder(self, facts: KnownFacts) -> bool:
         """Whether :meth:`shrink` can also put channels into another order (``Cut.taken``)."""
         return self.reorders
 
-    def wants_values(self, facts: Facts) -> list[int]:
+    def wants_values(self, facts: KnownFacts) -> list[int]:
         """Inputs whose constant values decide something."""
         return []
 
-    def passed(self, facts: Facts, values: np.ndarray) -> np.ndarray | None:
+    def passed(self, facts: KnownFacts, values: np.ndarray) -> np.ndarray | None:
         """What uniform constants of the first input become, if they come out as they are.
 
         Computed from many elements, as means are, a constant can be off by more than rounding of a

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -20,19 +19,15 @@ from onnx_simplify.graph.edit import Values, ZeroedSlices
 from onnx_simplify.graph.patterns import Form
 from onnx_simplify.graph.quantized import QuantizedConstant
 from onnx_simplify.operators.base import Masks, Operator
+from onnx_simplify.operators.interfaces import KnownFacts, Removal
 from onnx_simplify.operators.nodes import (
     constant_input,
     has_input,
     is_static,
 )
 
-if TYPE_CHECKING:
-    from onnx_simplify.facts.facts import Facts
-    from onnx_simplify.passes.cut import Cut
-
-
 # Elements of a weight that are looked at together, and rows that are looked at first.
-_PIECE = 1 << 22
+_PIECE = 1 << 18
 
 
 _FIRST = 32
@@ -98,7 +93,7 @@ class Contraction(Operator):
         """Axes along which a uniform non-zero input does not give a uniform output."""
         return []
 
-    def is_static(self, facts: Facts) -> bool:
+    def is_static(self, facts: KnownFacts) -> bool:
         """Whether sizes along :meth:`spread_axes` are static, so that a map may be used."""
         return is_static(facts.shape(self.inputs[0]), self.spread_axes())
 
@@ -217,6 +212,12 @@ class Contraction(Operator):
 
         return self.patterns.get(tensor, self._orientation(), compute)
 
+    def _ends(self, side: int) -> np.ndarray:
+        """Which inputs (side 0) or outputs (1) have weights at all, bool ``[groups, channels]``."""
+        tensor = self.inputs[self.wiring.weight]
+        form = (*self._orientation(), side)
+        return self.patterns.get(tensor, form, lambda: np.asarray(self.used.any(axis=side + 1)))
+
     def _orientation(self) -> Form:
         """All that :meth:`to_canonical` depends on."""
         index = self.wiring.weight
@@ -285,7 +286,7 @@ class Contraction(Operator):
             first = np.take(first, [0], axis)
         return first.ravel()
 
-    def input_level(self, facts: Facts) -> np.ndarray:
+    def input_level(self, facts: KnownFacts) -> np.ndarray:
         """Level of each input channel, shape ``(inputs,)``."""
         wiring = self.wiring
         tensor = self.inputs[wiring.data]
@@ -297,7 +298,7 @@ class Contraction(Operator):
         groups, _, inputs = self.dims
         return flat if flat.size == groups * inputs else np.repeat(flat, groups * inputs)
 
-    def input_zero(self, facts: Facts) -> np.ndarray:
+    def input_zero(self, facts: KnownFacts) -> np.ndarray:
         """Which input channels are constant zero (optimistic before measuring)."""
         tensor = self.inputs[self.wiring.data]
         wiring = self.wiring
@@ -305,7 +306,7 @@ class Contraction(Operator):
         axes = tuple(a for a in range(zero.ndim) if a != wiring.axis_in % zero.ndim)
         return self._expand(zero.all(axis=axes).ravel())
 
-    def input_values(self, facts: Facts) -> np.ndarray:
+    def input_values(self, facts: KnownFacts) -> np.ndarray:
         """The constant of each uniform input channel, NaN elsewhere (float64 ``(inputs,)``)."""
         wiring = self.wiring
         value = facts.scalar(self.inputs[wiring.data])
@@ -317,7 +318,7 @@ class Contraction(Operator):
         """The smallest size of the input along an axis for which there is an output."""
         return 1
 
-    def level(self, facts: Facts) -> Masks:
+    def level(self, facts: KnownFacts) -> Masks:
         """An output is constant when every input it really reads is."""
         used = self.used
         groups, outputs, inputs = used.shape
@@ -332,7 +333,7 @@ class Contraction(Operator):
         for limit in (UNIFORM, MAP):
             below = level < limit
             if below.any():
-                hit = _any_used(used, below)
+                hit = _any_used(used, below, self._ends(1))
                 weakest[hit] = np.minimum(weakest[hit], limit - 1)
         result = weakest.ravel()
         bias = self._bias()
@@ -350,14 +351,16 @@ class Contraction(Operator):
         index = self.wiring.bias
         return None if index is None else constant_input(self.node, index)
 
-    def need(self, facts: Facts, outputs: Masks) -> Masks:
+    def need(self, facts: KnownFacts, outputs: Masks) -> Masks:
         """The inputs with a non-zero weight to a needed output."""
         wanted = outputs[0]
         assert wanted is not None
         used = self.used
         groups, count, inputs = used.shape
         rows = np.broadcast_to(wanted.ravel(), groups * count).reshape(groups, count)
-        columns = np.stack([_any_along(u, r) for u, r in zip(used, rows, strict=True)])
+        columns = np.stack(
+            [_any_along(u, r, p) for u, r, p in zip(used, rows, self._ends(0), strict=True)]
+        )
         wiring = self.wiring
         shape = facts.layouts.of[self.inputs[wiring.data].name].shape
         axis = wiring.axis_in % len(shape)
@@ -367,13 +370,13 @@ class Contraction(Operator):
         found[wiring.data] = np.broadcast_to(mask, shape)
         return found
 
-    def channels(self, facts: Facts) -> tuple[np.ndarray, np.ndarray]:
+    def channels(self, facts: KnownFacts) -> tuple[np.ndarray, np.ndarray]:
         """Labels of the input and output channels, each one-dimensional."""
         wiring = self.wiring
         source = self._flat(facts.layouts.of[self.inputs[wiring.data].name], wiring)
         return self._expand(source), facts.layouts.of[self.outputs[0].name].ravel()
 
-    def constrain(self, facts: Facts, alive: np.ndarray) -> bool:
+    def constrain(self, facts: KnownFacts, alive: np.ndarray) -> bool:
         """Groups that stay have equally many channels."""
         groups, outputs, inputs = self.used.shape
         if groups == 1:
@@ -392,13 +395,13 @@ class Contraction(Operator):
                 changed = True
         return changed
 
-    def shrink(self, cut: Cut) -> None:
+    def shrink(self, cut: Removal) -> None:
         """Slice the weight and the bias; drop groups that are gone."""
         wiring = self.wiring
         groups, outputs, inputs = self.dims
         source, result = self.channels(cut.facts)
         ins, outs = cut.stay(source), cut.stay(result)
-        merger = cut.mergers.get(self)
+        merger = cut.grouping(self)
         if merger is None and _is_all(ins, source.size) and _is_all(outs, result.size):
             return
         if groups == 1 and merger is None:
@@ -430,7 +433,7 @@ class Contraction(Operator):
         found[of_row != of_column] = 0
         return found
 
-    def may_reorder(self, facts: Facts) -> bool:
+    def may_reorder(self, facts: KnownFacts) -> bool:
         """Rows and columns of the weights go along, unless groups hold several of them.
 
         Those of a depthwise convolution only if its inputs do, too.
@@ -440,11 +443,11 @@ class Contraction(Operator):
         source, result = self.channels(facts)
         return self.dims[1:] == (1, 1) and np.array_equal(source, result)
 
-    def shrink_bias(self, cut: Cut, index: int, keep: np.ndarray) -> None:
+    def shrink_bias(self, cut: Removal, index: int, keep: np.ndarray) -> None:
         """Take some elements of the bias, a vector."""
         cut.slice(self.node, index, {0: keep})
 
-    def wants_values(self, facts: Facts) -> list[int]:
+    def wants_values(self, facts: KnownFacts) -> list[int]:
         """The data input, where any of it may be constant."""
         wiring = self.wiring
         level = facts.level.get(self.inputs[wiring.data].name)
@@ -489,20 +492,37 @@ class Contraction(Operator):
         """
         weight = self.weights()
         groups, outputs, inputs = weight.shape[:3]
+        taps = self.taps()
         wide: type = np.int64 if self.is_integer() else np.float64
-        values = values.reshape(groups, inputs).astype(wide)
         result: np.ndarray = np.zeros((groups, outputs), wide)
-        # In pieces, so that the float64 copies stay small.
-        rows = max(1, _PIECE // max(1, weight[0, 0].size))
-        for group, value in enumerate(values):
-            columns = np.flatnonzero(value)
-            for start in range(0, outputs if columns.size else 0, rows):
-                part: np.ndarray = weight[group, start : start + rows][:, columns].astype(wide)
-                part = part.reshape(len(part), columns.size, -1).sum(axis=2)
-                result[group, start : start + rows] = part @ value[columns]
+        # In pieces, so that the float64 copies stay in the processor's cache.
+        rows = max(1, _PIECE // max(1, inputs * taps))
+        value: np.ndarray
+        for group, value in enumerate(values.reshape(groups, inputs).astype(wide)):
+            factors: np.ndarray = np.repeat(value, taps)
+            for start in range(0, outputs if value.any() else 0, rows):
+                part = weight[group, start : start + rows].reshape(-1, factors.size)
+                found = part.astype(wide) @ factors
+                if not np.isfinite(found).all():
+                    # Infinite weights of channels that are not looked at.
+                    found = np.where(factors, part, 0).astype(wide) @ factors
+                result[group, start : start + rows] = found
         if self.is_integer():
             return result.ravel().astype(weight.dtype)
         return result.ravel() * self.scale()
+
+    def border_response(self, values: np.ndarray, facts: KnownFacts) -> np.ndarray | None:
+        """What uniform inputs add to each output where padding interferes, position by position.
+
+        Args:
+            values: one value per input channel, shape ``(inputs,)``.
+            facts: what is known; sizes along :meth:`spread_axes` are static.
+
+        Returns:
+            Float32 array of the output's rank, of size 1 along axes without padding; None if it
+            has to be measured.
+        """
+        return None
 
     def scale(self) -> float:
         """A factor in front of the product."""
@@ -530,7 +550,7 @@ class Contraction(Operator):
         groups, outputs, inputs = self.dims
         return int(np.prod(weight.shape)) // max(groups * outputs * inputs, 1)
 
-    def positions(self, facts: Facts) -> tuple[int, int]:
+    def positions(self, facts: KnownFacts) -> tuple[int, int]:
         """Positions in space of the input and the output, as far as sizes are known."""
         wiring = self.wiring
         found = []
@@ -554,17 +574,29 @@ def _is_all(index: np.ndarray, size: int) -> bool:
     return index.size == size and bool((np.diff(index) == 1).all())
 
 
-def _any_used(used: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """For each group and output, whether it uses one of the columns (bool ``[groups, inputs]``)."""
-    return np.stack([_any_along(u.T, c) for u, c in zip(used, columns, strict=True)])
+def _any_used(used: np.ndarray, columns: np.ndarray, able: np.ndarray) -> np.ndarray:
+    """For each group and output, whether it uses one of the columns.
+
+    Args:
+        used: bool ``[groups, outputs, inputs]``.
+        columns: bool ``[groups, inputs]``.
+        able: outputs that use any, bool ``[groups, outputs]``.
+    """
+    return np.stack([_any_along(u.T, c, a) for u, c, a in zip(used, columns, able, strict=True)])
 
 
-def _any_along(array: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """``array[mask].any(axis=0)`` for a boolean matrix, looking at a few rows first."""
+def _any_along(array: np.ndarray, mask: np.ndarray, able: np.ndarray) -> np.ndarray:
+    """``array[mask].any(axis=0)`` for a boolean matrix, looking at a few rows first.
+
+    Args:
+        array: the matrix.
+        mask: which of its rows.
+        able: ``array.any(axis=0)``.
+    """
     rows = np.flatnonzero(mask)
     found = np.asarray(array[rows[:_FIRST]].any(axis=0))
-    if rows.size > _FIRST and not found.all():
-        rest = np.flatnonzero(~found)
+    if rows.size > _FIRST and not (found | ~able).all():
+        rest = np.flatnonzero(able & ~found)
         if array.flags.f_contiguous and rest.size * 4 > found.size:
             # Reading all of it in order is faster than picking from it.
             found = (array.T & mask).any(axis=1)

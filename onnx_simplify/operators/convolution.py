@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -11,14 +10,12 @@ import onnx_graphsurgeon as gs
 from onnx_simplify.channels.layouts import Layouts, Unsupported
 from onnx_simplify.graph.shapes import Dim
 from onnx_simplify.operators.contraction import Contraction, Wiring
+from onnx_simplify.operators.interfaces import KnownFacts
 from onnx_simplify.operators.nodes import (
     attr_ints,
     constant_shape,
     windowed,
 )
-
-if TYPE_CHECKING:
-    pass
 
 
 def _convolution_wiring(node: gs.Node) -> Wiring:
@@ -68,6 +65,38 @@ class Convolution(Contraction):
         if auto == "VALID":
             return []
         return [a + 2 for a in range(rank) if pads[a] or pads[a + rank]]
+
+    def border_response(self, values: np.ndarray, facts: KnownFacts) -> np.ndarray | None:
+        """The response of each tap, summed over the taps that are inside the input.
+
+        A tap of a convolution reads its neighbour's constant, or a zero of the padding: a sum of
+        products of one tap's response and an indicator for each axis.
+        """
+        if self.attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+            return None
+        weight = self.weights()
+        groups, outputs, inputs, *kernel = weight.shape
+        flat = weight.reshape(groups, outputs, inputs, -1)
+        value = values.reshape(groups, inputs).astype(np.float64)
+        found = np.einsum("goit,gi->got", flat, value, optimize=False)
+        found = found.reshape(groups * outputs, *kernel)
+        for axis in range(len(kernel)):
+            # The axis that comes first is replaced by one at the end.
+            found = np.tensordot(found, self._inside(axis, facts), (1, 0))
+        return found[None].astype(np.float32)
+
+    def _inside(self, axis: int, facts: KnownFacts) -> np.ndarray:
+        """Which taps along a spatial axis read the input, float64 ``[taps, positions]``."""
+        rank = len(self.inputs[1].shape) - 2
+        taps = self.inputs[1].shape[axis + 2]
+        if axis + 2 not in self.spread_axes():
+            return np.ones((taps, 1))
+        size, result = (facts.shape(t)[axis + 2] for t in (self.inputs[0], self.outputs[0]))
+        pad = attr_ints(self.node, "pads", [0] * 2 * rank)[axis]
+        stride = attr_ints(self.node, "strides", [1] * rank)[axis]
+        dilation = attr_ints(self.node, "dilations", [1] * rank)[axis]
+        places = np.arange(result) * stride - pad + np.arange(taps)[:, None] * dilation
+        return ((places >= 0) & (places < size)).astype(np.float64)
 
     def window(self, axis: int) -> int:
         """The reach of the dilated kernel along a spatial axis."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -12,12 +11,8 @@ from onnx_simplify.channels.layouts import Layouts, Unsupported
 from onnx_simplify.channels.values import UNIFORM, VARYING, reduce_to
 from onnx_simplify.graph.shapes import Dim
 from onnx_simplify.operators.base import Masks, Operator
+from onnx_simplify.operators.interfaces import KnownFacts, Removal
 from onnx_simplify.operators.nodes import has_input
-
-if TYPE_CHECKING:
-    from onnx_simplify.facts.facts import Facts
-    from onnx_simplify.passes.cut import Cut
-
 
 NAMES = frozenset(
     """Abs Acos Acosh Add And Asin Asinh Atan Atanh BitShift BitwiseAnd BitwiseNot BitwiseOr
@@ -85,7 +80,7 @@ class Elementwise(Operator):
             return
         layouts.set(output, layouts.merge(joined))
 
-    def level(self, facts: Facts) -> Masks:
+    def level(self, facts: KnownFacts) -> Masks:
         """Constant where all operands are; a factor of zero is enough."""
         shape = facts.layouts.of[self.outputs[0].name].shape
         rank = len(shape)
@@ -99,7 +94,7 @@ class Elementwise(Operator):
                 level = np.where(zero, UNIFORM, level)
         return [level]
 
-    def need(self, facts: Facts, outputs: Masks) -> Masks:
+    def need(self, facts: KnownFacts, outputs: Masks) -> Masks:
         """What is needed of the result is needed of each operand, unless a factor is zero."""
         wanted = outputs[0]
         assert wanted is not None
@@ -115,7 +110,7 @@ class Elementwise(Operator):
             found.append(reduce_to(mask, facts.layouts.of[tensor.name].shape))
         return found
 
-    def shrink(self, cut: Cut) -> None:
+    def shrink(self, cut: Removal) -> None:
         """Slice constant operands."""
         taken = cut.taken(self.outputs[0])
         rank = len(cut.facts.shape(self.outputs[0]))
@@ -129,7 +124,7 @@ class Elementwise(Operator):
                 }
                 cut.slice(self.node, index, own)
 
-    def wants_values(self, facts: Facts) -> list[int]:
+    def wants_values(self, facts: KnownFacts) -> list[int]:
         """Factors; and operands that are constant altogether, which can become initializers."""
         wanted = []
         for index, tensor in enumerate(self.inputs):
@@ -157,14 +152,14 @@ class Dropout(Elementwise):
         if has_mask(self.node):
             layouts.set(self.outputs[1], layouts.of[self.outputs[0].name])
 
-    def level(self, facts: Facts) -> Masks:
+    def level(self, facts: KnownFacts) -> Masks:
         """Constants pass through; the mask is one."""
         (level,) = super().level(facts)
         assert level is not None
         mask = np.full(level.shape, UNIFORM, np.int8)
         return [level, mask] if has_mask(self.node) else [level]
 
-    def need(self, facts: Facts, outputs: Masks) -> Masks:
+    def need(self, facts: KnownFacts, outputs: Masks) -> Masks:
         """The mask holds nothing of the input."""
         if outputs[0] is None:
             return [None] * len(self.inputs)

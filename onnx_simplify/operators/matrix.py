@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.layouts import Layouts, Unsupported
 from onnx_simplify.operators.contraction import Contraction, Put, Wiring
+from onnx_simplify.operators.interfaces import Removal
 from onnx_simplify.operators.nodes import (
     constant_shape,
     has_input,
 )
-
-if TYPE_CHECKING:
-    from onnx_simplify.passes.cut import Cut
 
 
 class Gemm(Contraction):
@@ -44,7 +41,7 @@ class Gemm(Contraction):
         """The axis that is contracted."""
         return 1 if self.attrs.get("transB", 0) else 0
 
-    def shrink_bias(self, cut: Cut, index: int, keep: np.ndarray) -> None:
+    def shrink_bias(self, cut: Removal, index: int, keep: np.ndarray) -> None:
         """Take positions of C along its last axis unless it is broadcast there."""
         shape = self.inputs[index].shape
         if len(shape) and shape[-1] > 1:

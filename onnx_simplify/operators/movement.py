@@ -8,7 +8,6 @@ levels (constancy) and positions (to find which input element an output element 
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -17,6 +16,7 @@ from onnx_simplify.channels.layouts import Layouts, Unsupported
 from onnx_simplify.channels.values import MAP, UNIFORM, VARYING, min_to
 from onnx_simplify.graph.shapes import Dim, matching_blocks, resolve
 from onnx_simplify.operators.base import Masks, Operator
+from onnx_simplify.operators.interfaces import KnownFacts, Removal
 from onnx_simplify.operators.nodes import (
     attr_ints,
     constant_input,
@@ -24,11 +24,6 @@ from onnx_simplify.operators.nodes import (
     is_computed,
     is_static,
 )
-
-if TYPE_CHECKING:
-    from onnx_simplify.facts.facts import Facts
-    from onnx_simplify.passes.cut import Cut
-
 
 # Stands for an element that comes from no input (padding).
 NEW = -1
@@ -74,7 +69,7 @@ class Movement(Operator):
                     ids = ids.take([0], axis)
             layouts.set(tensor, ids)
 
-    def level(self, facts: Facts) -> Masks:
+    def level(self, facts: KnownFacts) -> Masks:
         """Levels move with their elements."""
         levels = [facts.level[t.name] for t in self._data()]
         if any(is_computed(self.node, k) for k in range(len(levels), len(self.inputs))):
@@ -90,7 +85,7 @@ class Movement(Operator):
             results.append(min_to(level, facts.layouts.of[tensor.name].shape))
         return results
 
-    def need(self, facts: Facts, outputs: Masks) -> Masks:
+    def need(self, facts: KnownFacts, outputs: Masks) -> Masks:
         """An element is needed where it went."""
         data = self._data()
         shapes = [facts.layouts.of[t.name].shape for t in data]
@@ -109,7 +104,7 @@ class Movement(Operator):
             masks[index] = found[start : start + size].reshape(shape)
         return masks
 
-    def passed(self, facts: Facts, values: np.ndarray) -> np.ndarray | None:
+    def passed(self, facts: KnownFacts, values: np.ndarray) -> np.ndarray | None:
         """Elements move as they are."""
         if not self.reorders:
             return None
@@ -172,7 +167,7 @@ class Reshape(Movement):
                 shape += [1] * len(after)
         return [array.reshape(shape)]
 
-    def shrink(self, cut: Cut) -> None:
+    def shrink(self, cut: Removal) -> None:
         """Put the new sizes into the target."""
         if self.node.op != "Reshape":
             return
@@ -233,14 +228,14 @@ class Expand(Movement):
             raise Unsupported("rank shrinks")
         return [array.reshape((1,) * (rank - array.ndim) + array.shape)]
 
-    def shrink(self, cut: Cut) -> None:
+    def shrink(self, cut: Removal) -> None:
         """Put the new sizes into the target (1 always fits)."""
         kept = cut.kept(self.outputs[0])
         lead = len(cut.facts.shape(self.outputs[0])) - _length(self.node, 1, cut)
         cut.set_entries(self.node, 1, {axis - lead: 1 for axis in kept if axis >= lead})
 
 
-def _length(node: gs.Node, index: int, cut: Cut) -> int:
+def _length(node: gs.Node, index: int, cut: Removal) -> int:
     """Number of elements of a vector input."""
     values = constant_input(node, index)
     if values is not None:
@@ -306,7 +301,7 @@ class DepthToSpace(Operator):
             ids = parts[:, 0].reshape(1, -1, 1, 1)
         layouts.set(self.outputs[0], ids)
 
-    def level(self, facts: Facts) -> Masks:
+    def level(self, facts: KnownFacts) -> Masks:
         """Constant parts make a pattern in space."""
         level = facts.level[self.inputs[0].name]
         if level.size > 1:
@@ -318,11 +313,11 @@ class DepthToSpace(Operator):
         worst = MAP if is_static(shape[2:]) else VARYING
         return [np.where(zero & (level > VARYING), UNIFORM, np.minimum(level, worst))]
 
-    def wants_values(self, facts: Facts) -> list[int]:
+    def wants_values(self, facts: KnownFacts) -> list[int]:
         """Zeros stay uniform."""
         return [0]
 
-    def need(self, facts: Facts, outputs: Masks) -> Masks:
+    def need(self, facts: KnownFacts, outputs: Masks) -> Masks:
         """All parts of a needed channel."""
         wanted = outputs[0]
         assert wanted is not None

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.layouts import Unsupported
-
-if TYPE_CHECKING:
-    from onnx_simplify.graph.shapes import Dim
+from onnx_simplify.graph.shapes import Dim
 
 
 def kind(node: gs.Node) -> str:

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.layouts import Layouts, Unsupported
 from onnx_simplify.channels.values import MAP, UNIFORM, VARYING, min_to
 from onnx_simplify.operators.base import Masks, Operator
+from onnx_simplify.operators.interfaces import KnownFacts, Removal
 from onnx_simplify.operators.nodes import is_static
-
-if TYPE_CHECKING:
-    from onnx_simplify.facts.facts import Facts
-    from onnx_simplify.passes.cut import Cut
 
 
 class ChannelAffine(Operator):
@@ -39,7 +34,7 @@ class ChannelAffine(Operator):
         layout = layouts.collapse(source, [a for a in range(source.ndim) if a != 1])
         layouts.set(self.outputs[0], layout)
 
-    def level(self, facts: Facts) -> Masks:
+    def level(self, facts: KnownFacts) -> Masks:
         """Constant in, constant out; a scale of zero leaves the bias, whatever comes in."""
         shape = facts.layouts.of[self.outputs[0].name].shape
         level = min_to(facts.level[self.inputs[0].name], shape)
@@ -50,11 +45,11 @@ class ChannelAffine(Operator):
         level = np.where(self._per_channel(self._erased(), shape), UNIFORM, level)
         return [np.where(self._per_channel(finite, shape), level, VARYING)]
 
-    def passed_on(self, facts: Facts, level: np.ndarray) -> np.ndarray:
+    def passed_on(self, facts: KnownFacts, level: np.ndarray) -> np.ndarray:
         """Level of the result where the scale is not zero."""
         return level
 
-    def need(self, facts: Facts, outputs: Masks) -> Masks:
+    def need(self, facts: KnownFacts, outputs: Masks) -> Masks:
         """Channel by channel, unless the scale is zero."""
         wanted = outputs[0]
         assert wanted is not None
@@ -70,7 +65,7 @@ class ChannelAffine(Operator):
         mask = mask if shape[1] == mask.size else mask.all(keepdims=True).reshape(1)
         return mask.reshape([1, -1] + [1] * (len(shape) - 2))
 
-    def shrink(self, cut: Cut) -> None:
+    def shrink(self, cut: Removal) -> None:
         """Slice the parameters."""
         taken = cut.taken(self.outputs[0])
         if 1 in taken:
@@ -84,7 +79,7 @@ class InstanceNormalization(ChannelAffine):
     https://onnx.ai/onnx/operators/onnx__InstanceNormalization.html
     """
 
-    def passed_on(self, facts: Facts, level: np.ndarray) -> np.ndarray:
+    def passed_on(self, facts: KnownFacts, level: np.ndarray) -> np.ndarray:
         """Other constants than zero come out as amplified rounding, which depends on the size."""
         source = self.inputs[0]
         zero = facts.zero(source, facts.layouts.of[source.name].shape)
@@ -93,7 +88,7 @@ class InstanceNormalization(ChannelAffine):
         worst = MAP if is_static(facts.shape(source)[2:]) else VARYING
         return np.where(zero & (level > VARYING), level, np.minimum(level, worst))
 
-    def wants_values(self, facts: Facts) -> list[int]:
+    def wants_values(self, facts: KnownFacts) -> list[int]:
         """Zeros stay exact."""
         return [0]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,6 +10,7 @@ from onnx_simplify.channels.layouts import Layouts, Unsupported
 from onnx_simplify.channels.values import MAP, UNIFORM, VARYING, min_to
 from onnx_simplify.graph.shapes import Dim
 from onnx_simplify.operators.base import Masks, Operator
+from onnx_simplify.operators.interfaces import KnownFacts, Removal
 from onnx_simplify.operators.nodes import (
     attr_ints,
     constant_input,
@@ -20,10 +20,6 @@ from onnx_simplify.operators.nodes import (
     is_static,
     windowed,
 )
-
-if TYPE_CHECKING:
-    from onnx_simplify.facts.facts import Facts
-    from onnx_simplify.passes.cut import Cut
 
 
 class Spatial(Operator):
@@ -37,11 +33,11 @@ class Spatial(Operator):
     channelwise = True
     averages = True
 
-    def keeps_uniform(self, facts: Facts) -> bool:
+    def keeps_uniform(self, facts: KnownFacts) -> bool:
         """Whether a channel with one value everywhere comes out with one value everywhere."""
         return True
 
-    def spread_axes(self, facts: Facts) -> list[int]:
+    def spread_axes(self, facts: KnownFacts) -> list[int]:
         """Axes along which constants come out as maps if :meth:`keeps_uniform` is false."""
         return list(range(2, len(facts.shape(self.inputs[0]))))
 
@@ -55,7 +51,7 @@ class Spatial(Operator):
         channels = layouts.collapse(source, [a for a in range(source.ndim) if a != 1])
         layouts.set(self.outputs[0], channels)
 
-    def level(self, facts: Facts) -> Masks:
+    def level(self, facts: KnownFacts) -> Masks:
         """Constants stay constant; as maps where positions differ and sizes are static."""
         source = self.inputs[0]
         level = min_to(facts.level[source.name], facts.layouts.of[self.outputs[0].name].shape)
@@ -77,19 +73,19 @@ class Spatial(Operator):
         """Whether a zero channel comes out as zero."""
         return True
 
-    def need(self, facts: Facts, outputs: Masks) -> Masks:
+    def need(self, facts: KnownFacts, outputs: Masks) -> Masks:
         """Channel by channel."""
         assert outputs[0] is not None
         shape = facts.layouts.of[self.inputs[0].name].shape
         return [np.broadcast_to(outputs[0], shape), *facts.all_of(self.inputs[1:])]
 
-    def passed(self, facts: Facts, values: np.ndarray) -> np.ndarray | None:
+    def passed(self, facts: KnownFacts, values: np.ndarray) -> np.ndarray | None:
         """Means, maxima and interpolations of equal numbers are that number."""
         same = values.shape == facts.layouts.of[self.outputs[0].name].shape
         same &= self.node.op != "LpPool" and self.keeps_uniform(facts)
         return values if same else None
 
-    def wants_values(self, facts: Facts) -> list[int]:
+    def wants_values(self, facts: KnownFacts) -> list[int]:
         """Zeros are special where padding brings in zeros."""
         return [] if self.keeps_uniform(facts) else [0]
 
@@ -118,7 +114,7 @@ class AveragePool(Window):
     https://onnx.ai/onnx/operators/onnx__AveragePool.html
     """
 
-    def keeps_uniform(self, facts: Facts) -> bool:
+    def keeps_uniform(self, facts: KnownFacts) -> bool:
         """Unless zeros of the padding take part."""
         padded = any(attr_ints(self.node, "pads", []))
         padded |= self.attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
@@ -148,7 +144,7 @@ class Resize(Spatial):
         # Before version 11 there was no region, and scales came second.
         return [k for k in range(len(self.inputs)) if k != 1 or not self._crops()]
 
-    def level(self, facts: Facts) -> Masks:
+    def level(self, facts: KnownFacts) -> Masks:
         """What differs from place to place varies with scales that are computed."""
         (level,) = super().level(facts)
         if level is not None and any(is_computed(self.node, k) for k in range(1, len(self.inputs))):
@@ -160,7 +156,7 @@ class Resize(Spatial):
         mode = self.attrs.get("coordinate_transformation_mode")
         return bool(mode == "tf_crop_and_resize")
 
-    def keeps_uniform(self, facts: Facts) -> bool:
+    def keeps_uniform(self, facts: KnownFacts) -> bool:
         """Interpolation weights sum to one, but not beyond the border of a crop."""
         return not self._crops()
 
@@ -168,7 +164,7 @@ class Resize(Spatial):
         """The value outside a crop need not be zero."""
         return False
 
-    def shrink(self, cut: Cut) -> None:
+    def shrink(self, cut: Removal) -> None:
         """Give the new number of channels if sizes are listed."""
         kept = cut.kept(self.outputs[0])
         if 1 in kept and has_input(self.node, 3):
@@ -220,7 +216,7 @@ class Pad(Operator):
             source = ids
         layouts.set(self.outputs[0], source)
 
-    def level(self, facts: Facts) -> Masks:
+    def level(self, facts: KnownFacts) -> Masks:
         """Padding with another value makes a map of a constant; mirroring does not."""
         source = self.inputs[0]
         level = facts.level[source.name]
@@ -244,7 +240,7 @@ class Pad(Operator):
             level = np.pad(level, width, constant_values=UNIFORM if known else VARYING)
         return [level]
 
-    def need(self, facts: Facts, outputs: Masks) -> Masks:
+    def need(self, facts: KnownFacts, outputs: Masks) -> Masks:
         """Channel by channel."""
         wanted = outputs[0]
         assert wanted is not None
@@ -260,7 +256,7 @@ class Pad(Operator):
             ]
         return [wanted, *facts.all_of(self.inputs[1:])]
 
-    def wants_values(self, facts: Facts) -> list[int]:
+    def wants_values(self, facts: KnownFacts) -> list[int]:
         """Zeros padded with zeros stay uniform."""
         return [0]
 
@@ -299,7 +295,7 @@ class Reduce(Operator):
             return array
         return array.squeeze(tuple(self.axes(layouts)))
 
-    def level(self, facts: Facts) -> Masks:
+    def level(self, facts: KnownFacts) -> Masks:
         """Means and extrema keep constants; sums count positions, so sizes must be static."""
         level = facts.level[self.inputs[0].name]
         axes = self.axes(facts.layouts)
@@ -310,17 +306,17 @@ class Reduce(Operator):
             level = np.where(zero & (level > VARYING), level, VARYING)
         return [self._fit(facts.layouts, level)]
 
-    def passed(self, facts: Facts, values: np.ndarray) -> np.ndarray | None:
+    def passed(self, facts: KnownFacts, values: np.ndarray) -> np.ndarray | None:
         """Means and extrema of equal numbers are that number."""
         if self.node.op not in ("ReduceMean", "ReduceMax", "ReduceMin"):
             return None
         return self._fit(facts.layouts, values)
 
-    def wants_values(self, facts: Facts) -> list[int]:
+    def wants_values(self, facts: KnownFacts) -> list[int]:
         """Zeros add up to zero, however many."""
         return [0] if self.node.op in _ZERO_REDUCTIONS else []
 
-    def need(self, facts: Facts, outputs: Masks) -> Masks:
+    def need(self, facts: KnownFacts, outputs: Masks) -> Masks:
         """Channel by channel."""
         assert outputs[0] is not None
         shape = facts.layouts.of[self.inputs[0].name].shape

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import onnx_graphsurgeon as gs
 
@@ -11,10 +9,7 @@ from onnx_simplify.channels.layouts import Layouts, Unsupported
 from onnx_simplify.channels.values import MAP
 from onnx_simplify.graph.shapes import Dim
 from onnx_simplify.operators.base import Masks, Operator
-
-if TYPE_CHECKING:
-    from onnx_simplify.facts.facts import Facts
-    from onnx_simplify.passes.cut import Cut
+from onnx_simplify.operators.interfaces import KnownFacts, Removal
 
 
 class Quantization(Operator):
@@ -50,7 +45,7 @@ class Quantization(Operator):
                 raise Unsupported("scales do not fit the channels")
         layouts.set(self.outputs[0], source)
 
-    def level(self, facts: Facts) -> Masks:
+    def level(self, facts: KnownFacts) -> Masks:
         """Constants stay constant; not uniform if scales differ within a channel."""
         level = facts.level[self.inputs[0].name]
         axis = self.axis(level.ndim)
@@ -58,11 +53,11 @@ class Quantization(Operator):
             level = np.minimum(level, MAP)
         return [level]
 
-    def need(self, facts: Facts, outputs: Masks) -> Masks:
+    def need(self, facts: KnownFacts, outputs: Masks) -> Masks:
         """Channel by channel."""
         return [outputs[0]]
 
-    def shrink(self, cut: Cut) -> None:
+    def shrink(self, cut: Removal) -> None:
         """Slice scales and zero points."""
         taken = cut.taken(self.outputs[0])
         axis = self.axis(len(cut.facts.shape(self.inputs[0])))

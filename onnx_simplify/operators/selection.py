@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,6 +10,7 @@ from onnx_simplify.channels.layouts import Layouts, Unsupported
 from onnx_simplify.channels.values import MAP, UNIFORM, VARYING, reduce_to
 from onnx_simplify.graph.shapes import Dim
 from onnx_simplify.operators.base import Masks
+from onnx_simplify.operators.interfaces import KnownFacts, Removal
 from onnx_simplify.operators.movement import Movement, repeated
 from onnx_simplify.operators.nodes import (
     constant_input,
@@ -18,10 +18,6 @@ from onnx_simplify.operators.nodes import (
     is_computed,
     is_static,
 )
-
-if TYPE_CHECKING:
-    from onnx_simplify.facts.facts import Facts
-    from onnx_simplify.passes.cut import Cut
 
 
 class Concat(Movement):
@@ -62,7 +58,7 @@ class Concat(Movement):
             return
         layouts.set(self.outputs[0], layouts.merge(ids))
 
-    def level(self, facts: Facts) -> Masks:
+    def level(self, facts: KnownFacts) -> Masks:
         """Along an untracked axis the operands may hold different constants."""
         if self._tracked(facts.layouts):
             return super().level(facts)
@@ -77,13 +73,13 @@ class Concat(Movement):
             level = np.where(zero & (level > VARYING), UNIFORM, VARYING)
         return [level]
 
-    def wants_values(self, facts: Facts) -> list[int]:
+    def wants_values(self, facts: KnownFacts) -> list[int]:
         """Along a dynamic axis only zeros stay constant."""
         if self._tracked(facts.layouts):
             return []
         return list(range(len(self.inputs)))
 
-    def need(self, facts: Facts, outputs: Masks) -> Masks:
+    def need(self, facts: KnownFacts, outputs: Masks) -> Masks:
         """What is needed of the result is needed of all operands along untracked axes."""
         if self._tracked(facts.layouts):
             return super().need(facts, outputs)
@@ -91,7 +87,7 @@ class Concat(Movement):
         assert wanted is not None
         return [reduce_to(wanted, facts.layouts.of[t.name].shape) for t in self.inputs]
 
-    def shrink(self, cut: Cut) -> None:
+    def shrink(self, cut: Removal) -> None:
         """Leave out inputs without channels."""
         keep = [t for t in self.inputs if not cut.facts.dead(t, cut.alive)]
         if len(keep) < len(self.inputs):
@@ -124,7 +120,7 @@ class Split(Movement):
             raise Unsupported("sizes are not known")
         return np.split(array, np.cumsum(sizes)[:-1].astype(int), axis)
 
-    def shrink(self, cut: Cut) -> None:
+    def shrink(self, cut: Removal) -> None:
         """Give the new sizes; leave out outputs without channels."""
         axis = self.attrs.get("axis", 0)
         source = self.inputs[0]
@@ -189,7 +185,7 @@ class Slice(Movement):
                 array = array.take(self.index(bound, array.shape[axis]), axis)
         return [array]
 
-    def shrink(self, cut: Cut) -> None:
+    def shrink(self, cut: Removal) -> None:
         """Slice at the new positions; a slice with a step becomes a ``Gather``."""
         source = self.inputs[0]
         shape = cut.facts.shape(source)
@@ -256,7 +252,7 @@ class Gather(Movement):
         indices = self.indices(layouts)
         return [array.take(indices if indices.ndim else int(indices), axis)]
 
-    def shrink(self, cut: Cut) -> None:
+    def shrink(self, cut: Removal) -> None:
         """Drop and renumber indices."""
         axis = self.attrs.get("axis", 0) % len(cut.facts.shape(self.inputs[0]))
         mask = cut.kept(self.inputs[0]).get(axis)

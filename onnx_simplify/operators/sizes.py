@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from onnx_simplify.channels.layouts import Layouts
 from onnx_simplify.operators.base import Masks, Operator
-
-if TYPE_CHECKING:
-    from onnx_simplify.channels.layouts import Layouts
-    from onnx_simplify.facts.facts import Facts
-    from onnx_simplify.passes.cut import Cut
+from onnx_simplify.operators.interfaces import KnownFacts, Removal
 
 
 class Shape(Operator):
@@ -29,11 +24,11 @@ class Shape(Operator):
         layouts.freeze(output)
         layouts.set(self.outputs[0], output)
 
-    def need(self, facts: Facts, outputs: Masks) -> Masks:
+    def need(self, facts: KnownFacts, outputs: Masks) -> Masks:
         """No value is needed."""
         return [None]
 
-    def shrink(self, cut: Cut) -> None:
+    def shrink(self, cut: Removal) -> None:
         """Overwrite the entries of cut axes with the original sizes."""
         kept = cut.kept(self.inputs[0])
         axes = range(len(cut.facts.shape(self.inputs[0])))

@@ -52,6 +52,10 @@ class Cut:
                 tensor.shape[axis] = int(mask.sum())
         self._editor.finish()
 
+    def grouping(self, product: object) -> Merger | None:
+        """New groups of a convolution, if it gets any."""
+        return self.mergers.get(product) if isinstance(product, Operator) else None
+
     def kept(self, tensor: gs.Tensor) -> dict[int, np.ndarray]:
         """For each axis along which positions leave, which ones stay (bool ``(size,)``)."""
         if not self.facts.has(tensor):

@@ -83,7 +83,11 @@ def _addend(facts: Facts, own: Absorption, seen: np.ndarray) -> _Addend:
     shift = product.response(np.where(scalar, own.values, own.offsets)) * visible
     if not mapped.any() or not visible.any():
         return _Addend(product, shift, None)
-    addend = _response_map(facts, own, mapped)
+    addend = None
+    if not (mapped & own.mapped).any():
+        addend = product.border_response(np.where(mapped, own.values, 0), facts)
+    if addend is None:
+        addend = _response_map(facts, own, mapped)
     axis = product.wiring.axis_out % addend.ndim
     addend *= visible.reshape([-1 if a == axis else 1 for a in range(addend.ndim)])
     flat = np.moveaxis(addend, axis, 0).reshape(addend.shape[axis], -1)

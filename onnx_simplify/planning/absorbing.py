@@ -113,6 +113,34 @@ def find_absorptions(facts: Facts, *, only_zeros: bool) -> list[Absorption]:
     return found
 
 
+@dataclass(frozen=True)
+class Prospect:
+    """What could be absorbed, and what would be left.
+
+    Attributes:
+        facts: what is known.
+        absorptions: all that are possible; nothing is decided yet.
+        alive: labels that stay if all of them are made.
+    """
+
+    facts: Facts
+    absorptions: list[Absorption]
+    alive: np.ndarray
+
+    @staticmethod
+    def of(facts: Facts, *, zeros_only: bool = False) -> Prospect:
+        """Look for what could be absorbed: nothing, if nothing was measured.
+
+        Args:
+            facts: what is known.
+            zeros_only: look at nothing but zeros, which need no bias.
+        """
+        found: list[Absorption] = []
+        if facts.constants is not None:
+            found = find_absorptions(facts, only_zeros=zeros_only)
+        return Prospect(facts, found, alive_after(facts, found))
+
+
 def alive_after(
     facts: Facts, absorptions: Sequence[Absorption], *, decided: bool = False
 ) -> np.ndarray:

@@ -9,7 +9,11 @@ import numpy as np
 from onnx_simplify.facts.facts import Facts
 from onnx_simplify.operators import Operator
 from onnx_simplify.operators.contraction import Contraction
-from onnx_simplify.planning.absorbing import Absorption, alive_after, decide, find_absorptions
+from onnx_simplify.planning.absorbing import (
+    Prospect,
+    alive_after,
+    decide,
+)
 from onnx_simplify.planning.costs import Layer, convolution, rounded
 from onnx_simplify.planning.grouping import merge_groups
 from onnx_simplify.planning.layers import layers_at
@@ -34,25 +38,22 @@ class Planner:
         """Plan for ``profile``."""
         self.profile = profile
 
-    def plan(self, facts: Facts, *, absorb: bool, zeros_only: bool = False, cut: bool) -> Plan:
+    def plan(self, prospect: Prospect, *, cut: bool) -> Plan:
         """Decide what becomes of a graph.
 
         Args:
-            facts: what is known of it; measured, if anything is to be absorbed.
-            absorb: whether constants are absorbed.
-            zeros_only: absorb nothing but zeros, which needs no bias.
+            prospect: what is known of it, and could be absorbed; that is decided upon in place.
             cut: whether channels are to go.
         """
-        absorptions: list[Absorption] = []
-        seen = facts.alive(facts.needed)
-        if absorb:
-            absorptions = find_absorptions(facts, only_zeros=zeros_only)
-            alive = alive_after(facts, absorptions)
+        facts, alive = prospect.facts, prospect.alive.copy()
+        seen = needed = alive
+        if prospect.absorptions:
             # Groups that will merge keep nothing to be as wide as the widest.
             mergers = merge_groups(self.profile, facts, alive)
-            seen = decide(self.profile, facts, absorptions, alive, mergers)
-        chosen = tuple(own for own in absorptions if own.absorb.any())
-        needed = alive_after(facts, chosen, decided=True)
+            seen = decide(self.profile, facts, prospect.absorptions, alive, mergers)
+        chosen = tuple(own for own in prospect.absorptions if own.absorb.any())
+        if prospect.absorptions:
+            needed = alive_after(facts, chosen, decided=True)
         if not cut:
             return Plan(facts, chosen, needed, seen)
         closed, mergers = self.close(facts, needed)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -116,13 +117,21 @@ def arrange(
         while chosen and cost < least:
             needs = np.stack([operands[index].narrow for index in chosen], axis=1)
             limits = np.array([rooms[index] for index in chosen])
-            members = balance(needs, groups, size, limits)
+            members = _balanced(needs.tobytes(), needs.shape, groups, size, tuple(limits))
             if members is not None:
                 return Arrangement(members, {index: rooms[index] for index in chosen})
             dropped = chosen[-max(1, len(chosen) // 6) :]
             chosen = chosen[: -len(dropped)]
             cost += sum(gains[index] for index in dropped)
     return None
+
+
+@lru_cache(maxsize=64)
+def _balanced(
+    needs: bytes, shape: tuple[int, int], groups: int, size: int, rooms: tuple[int, ...]
+) -> np.ndarray | None:
+    """What :func:`balance` finds: a sum is looked at before and after it is split."""
+    return balance(np.frombuffer(needs, bool).reshape(shape), groups, size, np.array(rooms))
 
 
 def balance(needs: np.ndarray, groups: int, size: int, rooms: np.ndarray) -> np.ndarray | None:

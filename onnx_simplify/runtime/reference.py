@@ -206,8 +206,7 @@ class Reference:
     def evidence(self) -> Evidence:
         """What runs show: two of the same sizes, then those where more than batches vary."""
         first = self.runs[0]
-        shapes = {n: v.shape[1:] for n, v in first.feeds.items()}
-        others = [r for r in self.runs if any(v.shape[1:] != shapes[n] for n, v in r.feeds.items())]
+        others = [r for r in self.runs if not _differ_in_batch(r.feeds, first.feeds)]
         chosen = [first, self.runs[1], *others]
         return Evidence([r.feeds for r in chosen], [r.inner for r in chosen])
 
@@ -305,9 +304,12 @@ class Reference:
         return found
 
     def _looked(self, session: Session, feeds: Feeds, sizes: Mapping[str, int] | None) -> Run:
-        """Run, and look at what is asked."""
-        values = session.run(feeds)
-        named = zip(session.output_names, values, strict=True)
+        """Run, and look at what is asked, unless only the batch is another one."""
+        names = session.output_names
+        if len(self.runs) > 1 and _differ_in_batch(feeds, self.runs[0].feeds):
+            names = self.names
+        values = session.run(feeds, names)
+        named = zip(names, values, strict=True)
         inner = look({n: v for n, v in named if n in self._questions}, self._questions)
         return Run(feeds, values[: session.own], dict(sizes or {}), inner)
 
@@ -368,6 +370,11 @@ def _may_overflow(node: gs.Node) -> bool:
         return False
     # Divisors that are known are not zero, and small powers of ordinary numbers are ordinary.
     return node.op not in ("Div", "Pow") or not isinstance(node.inputs[1], gs.Constant)
+
+
+def _differ_in_batch(feeds: Feeds, others: Feeds) -> bool:
+    """Whether inputs have the same sizes but for their first axes."""
+    return all(v.shape[1:] == others[n].shape[1:] for n, v in feeds.items())
 
 
 def _batches(names: Iterable[str], count: int) -> Iterator[list[str]]:
