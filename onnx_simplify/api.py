@@ -58,7 +58,7 @@ from onnx_simplify.worker import simplify_apart
 Shapes = Mapping[str, Sequence[int]]
 
 
-def simplify(
+def simplify(  # noqa: PLR0913  (the options, as keywords)
     model: ModelSource,
     *,
     pinned: Collection[str] = (),

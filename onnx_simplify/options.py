@@ -11,6 +11,16 @@ PASSES = ("fold_batchnorm", "propagate_bias", "remove_zeroed")
 """What ``skip`` may name."""
 
 
+# What messages of the API call things, and what the command line does.
+_OPTIONS = {
+    "input data": "--input-data",
+    "input shapes": "--input-shape",
+    "freeze_weights": "--freeze-weights",
+    "lower threshold or raise rtol": "lower --threshold or raise --rtol",
+    "the layers' stays": "--inspect",
+}
+
+
 @dataclass
 class Options:
     """How to simplify; see :func:`onnx_simplify.simplify` for the meaning of each."""
@@ -31,3 +41,10 @@ class Options:
     auto_threshold: float | None = None
     threads: int = 1
     progress: Callable[[str], None] | None = None
+
+
+def as_options(text: str) -> str:
+    """A message of the Python interface, with the names that the command line has for things."""
+    for name, option in _OPTIONS.items():
+        text = text.replace(name, option)
+    return text

@@ -187,7 +187,7 @@ def _prune_layers(
         if not 0 <= dim < dims:
             raise ValueError(f"dim is {dim}, but the weight of {name!r} has {dims} dimension(s)")
     # Without gradients the pruned weight is a leaf: a model with its masks on can be copied.
-    with _seeded(seed), torch.no_grad():
+    with seeded(seed), torch.no_grad():
         for layer in layers.values():
             apply(layer, _count(layer, dim, amount))
             if permanent:
@@ -229,7 +229,7 @@ def _check_share(name: str, share: float) -> None:
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Seed torch's random numbers on the CPU, and put their state back afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)

@@ -243,7 +243,7 @@ class SimplifiedModel:
             torch.set_num_threads(before)
 
 
-def simplify(
+def simplify(  # noqa: PLR0913  (the options, as keywords)
     model: nn.Module | SimplifiedModel,
     example_inputs: Any = None,
     *,

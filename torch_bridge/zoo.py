@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from torch_bridge.pruning import _seeded, random_structured, slim
+from torch_bridge.pruning import random_structured, seeded, slim
 
 ARCHITECTURES: tuple[str, ...] = (
     "alexnet",
@@ -112,7 +112,7 @@ def realistic(name: str, seed: int = 0) -> nn.Module:
         model = torchvision.models.get_model(name, weights=None, **_OPTIONS.get(name, {}))
     model.eval()
     # Seeded after building: how many numbers torchvision draws for its own weights is its affair.
-    with _seeded(seed), torch.no_grad():
+    with seeded(seed), torch.no_grad():
         for module in model.modules():
             if isinstance(module, (_ConvNd, nn.Linear)):
                 nn.init.kaiming_normal_(module.weight)

@@ -341,14 +341,7 @@ class Model:
                 large[name] = tensor
         graph.initializer.extend(self.overridable.values())
         if proto.ir_version < 4:
-            known = {i.name for i in graph.input}
-            keep = [i for i in graph.input if i.name in constants or i.name in self.input_names]
-            del graph.input[:]
-            for info in keep:
-                if info.name in constants:
-                    info = value_info_of(constants[info.name])
-                graph.input.append(info)
-            graph.input.extend(value_info_of(t) for n, t in constants.items() if n not in known)
+            self._declare_weights(graph, constants)
         if infos:
             self._state_shapes(graph)
         outputs = {o.name for o in graph.output}
@@ -356,6 +349,17 @@ class Model:
             if name not in outputs:
                 graph.output.add().name = name
         return proto, large
+
+    def _declare_weights(self, graph: GraphProto, constants: dict[str, gs.Constant]) -> None:
+        """Declare initializers as inputs, which IR versions before 4 want."""
+        known = {i.name for i in graph.input}
+        keep = [i for i in graph.input if i.name in constants or i.name in self.input_names]
+        del graph.input[:]
+        for info in keep:
+            if info.name in constants:
+                info = value_info_of(constants[info.name])
+            graph.input.append(info)
+        graph.input.extend(value_info_of(t) for n, t in constants.items() if n not in known)
 
     def _state_shapes(self, graph: GraphProto) -> None:
         tensors = {t.name: t for n in self.graph.nodes for t in n.outputs}

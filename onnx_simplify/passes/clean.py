@@ -198,22 +198,14 @@ def fold_constants(model: Model, *, at_any_size: bool = False) -> None:
     fitting = _fitting(inside, readers, {name: v.nbytes for name, v in value_of.items()})
     for node in inside:
         # Decided node by node, in order, so that a result does not depend on its neighbours.
-        if not all(isinstance(t, gs.Constant) or not t.name for t in node.inputs):
-            continue
-        if not all(t.name in value_of for t in node.outputs if t.name):
+        ready = all(isinstance(t, gs.Constant) or not t.name for t in node.inputs)
+        if not ready or not all(t.name in value_of for t in node.outputs if t.name):
             continue
         same = _computation(node)
-        if same not in known and id(node) not in fitting and not at_any_size:
-            # What others read as well stays in the file.
-            supply = sum(
-                t.values.nbytes
-                for t in node.inputs
-                if isinstance(t, gs.Constant)
-                and all(_computation(user) == same for user, _ in readers[t.name])
-            )
-            size = sum(value_of[t.name].nbytes for t in node.outputs if t.name)
-            if size > supply + _GROWTH and not (node.op == "Gather" and size <= _LARGEST_MAP):
-                continue
+        stored = same in known or id(node) in fitting or at_any_size
+        size = sum(value_of[t.name].nbytes for t in node.outputs if t.name)
+        if not stored and not _is_worth_storing(node, readers, size):
+            continue
         if same not in known:
             known[same] = [gs.Constant(t.name, value_of.get(t.name)) for t in node.outputs]
         for tensor, new in zip(node.outputs, known[same], strict=True):
@@ -221,6 +213,19 @@ def fold_constants(model: Model, *, at_any_size: bool = False) -> None:
                 reader.inputs[index] = new
         dead.add(id(node))
     remove_nodes(model, dead)
+
+
+def _is_worth_storing(node: gs.Node, readers: Readers, size: int) -> bool:
+    """Whether results of so many bytes may take the place of a node and what it reads alone."""
+    same = _computation(node)
+    # What others read as well stays in the file.
+    supply = sum(
+        t.values.nbytes
+        for t in node.inputs
+        if isinstance(t, gs.Constant)
+        and all(_computation(user) == same for user, _ in readers[t.name])
+    )
+    return size <= supply + _GROWTH or (node.op == "Gather" and size <= _LARGEST_MAP)
 
 
 def _fitting(nodes: list[gs.Node], readers: Readers, sizes: Mapping[str, int]) -> set[int]:

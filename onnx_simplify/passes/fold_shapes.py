@@ -12,7 +12,7 @@ Everything else stays computed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -149,35 +149,50 @@ def _evaluate(node: gs.Node, known: dict[str, np.ndarray]) -> np.ndarray | None:
             return None
         values = np.array(shape, object)
         return values[node.attrs.get("start", 0) : node.attrs.get("end")]
-    if node.op not in _MOVES or not node.inputs:
-        return None
     if node.op == "Concat":
         parts = [_value(t, known) for t in node.inputs]
         if any(p is None or p.ndim != 1 for p in parts):
             return None
         return np.concatenate(parts)  # type: ignore[arg-type]
-    if node.inputs[0].name not in known:
+    move = _MOVES.get(node.op)
+    if move is None or not node.inputs or node.inputs[0].name not in known:
         return None
-    values = known[node.inputs[0].name]
-    if node.op == "Identity":
-        return values
-    if node.op == "Gather":
-        indices = constant_input(node, 1)
-        if indices is None or values.ndim != 1 or not _fits(indices, values.size):
-            return None
-        return np.asarray(values[indices.astype(np.int64)], object)
-    if node.op == "Slice":
-        bounds = [constant_ints(node, k, n) for k, n in ((1, "starts"), (2, "ends"))]
-        steps = constant_ints(node, 4, "steps") or [1]
-        if bounds[0] is None or bounds[1] is None or values.ndim != 1 or steps != [1]:
-            return None
-        return values[bounds[0][0] : bounds[1][0]]
-    axes = constant_ints(node, 1, "axes")
-    if axes != [0]:
+    return move(node, known[node.inputs[0].name])
+
+
+def _gathered(node: gs.Node, values: np.ndarray) -> np.ndarray | None:
+    indices = constant_input(node, 1)
+    if indices is None or values.ndim != 1 or not _fits(indices, values.size):
         return None
-    if node.op == "Unsqueeze":
-        return values.reshape(1) if values.ndim == 0 else None
-    return values.reshape(()) if values.shape == (1,) else None
+    return np.asarray(values[indices.astype(np.int64)], object)
+
+
+def _sliced(node: gs.Node, values: np.ndarray) -> np.ndarray | None:
+    starts, ends = constant_ints(node, 1, "starts"), constant_ints(node, 2, "ends")
+    steps = constant_ints(node, 4, "steps") or [1]
+    if starts is None or ends is None or values.ndim != 1 or steps != [1]:
+        return None
+    return values[starts[0] : ends[0]]
+
+
+def _unsqueezed(node: gs.Node, values: np.ndarray) -> np.ndarray | None:
+    known = constant_ints(node, 1, "axes") == [0] and values.ndim == 0
+    return values.reshape(1) if known else None
+
+
+def _squeezed(node: gs.Node, values: np.ndarray) -> np.ndarray | None:
+    known = constant_ints(node, 1, "axes") == [0] and values.shape == (1,)
+    return values.reshape(()) if known else None
+
+
+# What becomes of the elements of a vector, or of a single number; None where that is not known.
+_MOVES: dict[str, Callable[[gs.Node, np.ndarray], np.ndarray | None]] = {
+    "Identity": lambda node, values: values,
+    "Gather": _gathered,
+    "Slice": _sliced,
+    "Unsqueeze": _unsqueezed,
+    "Squeeze": _squeezed,
+}
 
 
 def _fits(indices: np.ndarray, size: int) -> bool:
@@ -190,6 +205,3 @@ def _value(tensor: gs.Tensor, known: dict[str, np.ndarray]) -> np.ndarray | None
         values = np.asarray(tensor.values)
         return values.astype(object) if values.dtype == np.int64 else None
     return known.get(tensor.name)
-
-
-_MOVES = frozenset({"Concat", "Gather", "Identity", "Slice", "Squeeze", "Unsqueeze"})
