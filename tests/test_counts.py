@@ -65,9 +65,9 @@ def residual(blocks: int, *, static: bool) -> onnx.ModelProto:
     return g.model()
 
 
-# However long the network is; sums that are split take one more analysis, sizes that are computed one
-# more copy, to count with. Two inputs of one size,
-# and one of another where sizes are free, are run through the original and through the result.
+# However long the network is; sums that are split take one more analysis, and sizes that are
+# computed one more copy, to count with. Two inputs of one size, and one of another where sizes are
+# free, are run through the original and through the result.
 MOST = {
     "facts": 2,
     "levels": 3,
