@@ -6,9 +6,9 @@ needs the ``pruning`` extra as well. Nothing in ``onnx_simplify`` imports this p
 
 from torch_bridge.export import ExportError, export
 from torch_bridge.pruning import coupled, ln_structured, random_structured, slim
+from torch_bridge.sessions import CallError
+from torch_bridge.simplified import SimplifiedModel
 from torch_bridge.simplify import (
-    CallError,
-    SimplifiedModel,
     fuse,
     get_bn_folding,
     get_pinned,
