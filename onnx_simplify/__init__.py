@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from onnx_simplify.options import PASSES
     from onnx_simplify.report import Report
     from onnx_simplify.runtime.benchmark import Timing
-    from onnx_simplify.runtime.verify import Verification
+    from onnx_simplify.runtime.verdict import Verification
 
 __all__ = [
     "PASSES",
@@ -59,7 +59,7 @@ _HOMES = {
     "PASSES": "options",
     "Report": "report",
     "Timing": "runtime.benchmark",
-    "Verification": "runtime.verify",
+    "Verification": "runtime.verdict",
 }
 
 if not TYPE_CHECKING:

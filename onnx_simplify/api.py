@@ -51,7 +51,7 @@ from onnx_simplify.report import Report
 from onnx_simplify.runtime.benchmark import Timing, time_models
 from onnx_simplify.runtime.evidence import Evidence
 from onnx_simplify.runtime.reference import Reference
-from onnx_simplify.runtime.verify import Verification
+from onnx_simplify.runtime.verdict import Verification
 from onnx_simplify.schedule import make_plan
 from onnx_simplify.worker import simplify_apart
 

@@ -22,7 +22,7 @@ from onnx_simplify.passes.clean import clean, fold_constants
 from onnx_simplify.passes.fold_shapes import fold_shapes
 from onnx_simplify.planning.plan import Step
 from onnx_simplify.runtime.benchmark import Timing
-from onnx_simplify.runtime.verify import Verification
+from onnx_simplify.runtime.verdict import Verification
 
 
 @dataclass

@@ -28,7 +28,7 @@ from onnx_simplify.operators import Operator, lookup
 from onnx_simplify.options import PASSES
 from onnx_simplify.planning.profiles import PROFILES
 from onnx_simplify.report import Layer, Report
-from onnx_simplify.runtime.verify import Verification
+from onnx_simplify.runtime.verdict import Verification
 from versions import needs_onnxruntime
 
 COMMAND = "python -m onnx_simplify "

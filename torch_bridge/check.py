@@ -13,7 +13,7 @@ from onnx_simplify.graph.load import load
 from onnx_simplify.pipeline import is_half
 from onnx_simplify.runtime.difference import difference
 from onnx_simplify.runtime.session import Session
-from onnx_simplify.runtime.verify import Verification
+from onnx_simplify.runtime.verdict import Verification
 from torch_bridge.calls import Call, constants_of, tensors_of
 from torch_bridge.export import inference
 from torch_bridge.sessions import CallError, open_model, run_model

@@ -14,7 +14,7 @@ import torch
 from onnx_simplify import Report
 from onnx_simplify.runtime.benchmark import Timing, time_calls
 from onnx_simplify.runtime.session import Session
-from onnx_simplify.runtime.verify import Verification
+from onnx_simplify.runtime.verdict import Verification
 from torch_bridge.calls import Call
 from torch_bridge.export import inference, save
 from torch_bridge.sessions import CallError, open_model, run_model

@@ -29,9 +29,12 @@ from onnx_simplify.runtime.inputs import (
     unlikely_sizes,
     varied,
 )
+from onnx_simplify.runtime.rounding import Rounding
+from onnx_simplify.runtime.runs import Run
 from onnx_simplify.runtime.session import Session
 from onnx_simplify.runtime.trace import Trace
-from onnx_simplify.runtime.verify import Judge, Run, Verification
+from onnx_simplify.runtime.verdict import Verification
+from onnx_simplify.runtime.verify import Judge
 from onnx_simplify.runtime.widen import needs_widening
 
 _ATTEMPTS = 36
@@ -361,7 +364,7 @@ class Reference:
 
     @cached_property
     def _judge(self) -> Judge:
-        return Judge(self.model, self.names, self.runs, self.trace, self.mute())
+        return Judge(Rounding(self.model, self.names, self.runs, self.trace), self.mute())
 
 
 def _may_overflow(node: gs.Node) -> bool:
