@@ -1,0 +1,105 @@
+"""A name means a value: a tensor of the result that the original has, too, holds the same numbers.
+
+Channels that are gone aside, and those that nobody needs, which may hold anything.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from test_counts import residual
+
+import onnx_simplify
+from build import gated_constants, small_cnn, with_outputs
+from onnx_simplify.facts.facts import Facts
+from onnx_simplify.graph.load import load
+from random_graphs import random_feeds, random_model
+
+MODELS = {
+    "small": lambda: small_cnn().model(),
+    "gated constants": gated_constants,
+    "residual": lambda: residual(3, static=False),
+    "residual of one size": lambda: residual(3, static=True),
+}
+MODELS |= {f"random {seed}": lambda seed=seed: random_model(seed) for seed in range(40)}
+
+
+def inner(model: onnx.ModelProto) -> set[str]:
+    """What nodes compute, graph outputs aside."""
+    made = {name for node in model.graph.node for name in node.output if name}
+    return made - {o.name for o in model.graph.output}
+
+
+def values(
+    model: onnx.ModelProto, names: list[str], feeds: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Inner tensors for some inputs; nothing if they cannot be had."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        exposed = with_outputs(model, *names).SerializeToString()
+        session = ort.InferenceSession(exposed, options, providers=["CPUExecutionProvider"])
+        return dict(zip(names, session.run(names, feeds), strict=True))
+    except Exception:
+        return {}
+
+
+def unlike(before: np.ndarray, after: np.ndarray, needed: np.ndarray | None) -> bool:
+    """Whether what is needed of a tensor is nowhere in what it was.
+
+    Args:
+        before: the tensor in the original.
+        after: the tensor in the result, perhaps with fewer channels along one axis, reordered.
+        needed: which positions are needed, broadcast against ``after``; all, if not known.
+    """
+    scale = max(float(np.abs(before).max(initial=0.0)), 1e-6)
+    if needed is None or needed.ndim != after.ndim:
+        needed = np.ones((1,) * after.ndim, bool)
+    needed = np.broadcast_to(needed, after.shape)
+    if (
+        before.shape == after.shape
+        and np.abs(before - after)[needed].max(initial=0) <= 1e-4 * scale
+    ):
+        return False
+    axes = [k for k in range(after.ndim) if after.shape[k] != before.shape[k]]
+    if len(axes) > 1:
+        return False  # cut along two axes: not looked at
+    axis = axes[0] if axes else min(1, after.ndim - 1)
+    own = np.moveaxis(before, axis, 0)
+    for channel, mask in zip(
+        np.moveaxis(after, axis, 0), np.moveaxis(needed, axis, 0), strict=True
+    ):
+        gaps = np.where(mask, np.abs(own - channel), 0).reshape(len(own), -1)
+        if gaps.max(axis=1, initial=0).min() > 1e-4 * scale:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_name_means_a_value(name):
+    model = MODELS[name]()
+    try:
+        result, _ = onnx_simplify.simplify(model, target="avx512")
+    except onnx_simplify.CannotVerifyError:
+        pytest.skip("does not run")
+    shared = sorted(inner(model) & inner(result))
+    needed = Facts(load(result)).needed
+    feeds = random_feeds(model, 1)
+    before, after = values(model, shared, feeds), values(result, shared, feeds)
+    for tensor in before.keys() & after.keys():
+        a, b = before[tensor], after[tensor]
+        if isinstance(a, np.ndarray) and a.dtype == b.dtype == np.float32 and a.ndim == b.ndim:
+            if np.isfinite(a).all() and np.isfinite(b).all() and a.ndim:
+                assert not unlike(a, b, needed.get(tensor)), tensor
+
+
+def test_what_is_unlike():
+    before = np.random.default_rng(0).standard_normal((1, 6, 4, 4)).astype(np.float32)
+    assert not unlike(before, before[:, [4, 1]], None)
+    shifted = before[:, 1:] + np.float32(0.01)
+    assert unlike(before, shifted, None)
+    assert not unlike(before, shifted, np.zeros((1, 5, 1, 1), bool))
