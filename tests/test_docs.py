@@ -335,6 +335,41 @@ def test_example_of_an_operator_refuses_what_it_cannot_do(registry):
     assert_same_function(g.model(), result, random_feeds(g.model()))
 
 
+def two_products(equation: str, weight: np.ndarray) -> ModelProto:
+    """Two layers of ``Einsum``, the first pruned, with a live bias in between."""
+    g = Graph()
+    y = g.op("Einsum", g.input("x", ["n", "length", 3]), weight, equation=equation)
+    y = g.op("Relu", g.op("Add", y, g.normal(16)))
+    y = g.op("Einsum", y, g.normal(16, 5), equation="b s i , i o -> b s o")
+    g.output(y)
+    return g.model()
+
+
+def test_example_of_an_operator_with_weights(registry):
+    weight = pruned(np.random.default_rng(0).standard_normal((3, 16)), range(6), axis=1)
+    model = two_products("bsi,io->bso", weight.astype(np.float32))
+    _, report = onnx_simplify.simplify(model, channel_multiple=1)
+    assert [n.op for n in report.opaque] == ["Einsum", "Einsum"], "choose another example"
+    code = blocks("adding-an-operator.md", "python")
+    execute(code)
+    result, report = onnx_simplify.simplify(model, channel_multiple=1)
+    assert not report.opaque and [layer.removed for layer in report.layers] == [6, 0]
+    assert_same_function(model, result, random_feeds(model))
+    example = next(block.text for block in code if "MatrixProduct" in block.text)
+    assert example.count("\n") < 40
+
+
+@pytest.mark.parametrize("equation, shape", [("bsi,oi->bso", (16, 3)), ("bsi,si->bs", (1, 3))])
+def test_what_the_example_with_weights_leaves_alone(registry, equation, shape):
+    execute(blocks("adding-an-operator.md", "python"))
+    g = Graph()
+    x = g.input("x", ["n", shape[0] if equation.endswith("bs") else 4, 3])
+    g.output(g.op("Einsum", x, g.normal(*shape), equation=equation))
+    result, report = onnx_simplify.simplify(g.model())
+    assert [n.reason for n in report.opaque] == ["not a matrix product"]
+    assert_same_function(g.model(), result, random_feeds(g.model()))
+
+
 def test_domains_are_apart(registry):
     execute(blocks("adding-an-operator.md", "python"))
     assert lookup(gs.Node("ReverseSequence")) is not Operator
