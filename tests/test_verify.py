@@ -99,6 +99,26 @@ def test_outputs_that_say_nothing_prove_nothing():
         onnx_simplify.verify(model, other)
 
 
+def test_channels_that_are_left_are_compared_however_far_in_front():
+    """Nothing gets past the second layer; what is before it has lost channels."""
+    g = Graph()
+    y = body(g)
+    weight = g.normal(12, 12, 1, 1)
+    y = g.op("Relu", g.conv(y, weight, np.full(12, -1e5, np.float32)))
+    for _ in range(60):
+        y = g.op("Relu", g.conv(y, g.normal(12, 12, 1, 1), g.normal(12)))
+    g.output(g.conv(y, g.normal(3, 12, 1, 1), g.normal(3)))
+    model = g.model()
+    result, report = onnx_simplify.simplify(model, channel_multiple=1)
+    assert report.channels_removed >= 2 * len(DEAD) - 1
+    assert any("is the same for all inputs" in note for note in report.notes)
+    wrong = spoiled(result, "conv1.weight", lambda w: w * np.float32(1.01))
+    assert not onnx_simplify.verify(model, wrong).passed
+    # The channels that are left, in another order, are not what the next layer expects.
+    swapped = spoiled(result, "conv2.weight", lambda w: w[:, ::-1])
+    assert not onnx_simplify.verify(model, swapped).passed
+
+
 def test_what_was_compared_is_told():
     model = detector("gather", REACH["loud"])
     found = onnx_simplify.simplify(model)[1].verification

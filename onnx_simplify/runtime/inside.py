@@ -16,15 +16,17 @@ from onnx_simplify.runtime.runs import Run, fetch, perturbed
 from onnx_simplify.runtime.trace import Trace
 from onnx_simplify.runtime.verdict import MARGIN, STEPS, WIDER, Bounds
 
-# So many tensors in front of an output are looked at.
+# So many tensors in front of an output are looked at, and so many numbers of a channel to see
+# which one it is.
 _NEAR = 96
+_PLACES = 256
 
 
 class Inside:
     """Compares tensors in front of outputs that both graphs have by one name.
 
-    A tensor that exists in the result keeps its name as long as it has its value; what has other
-    channels has another shape, and is passed over.
+    A tensor that exists in the result keeps its name as long as it has its value. Where channels
+    are gone, each one that is left must be one of those that were.
     """
 
     def __init__(self, rounding: Rounding, simplified: Model, bounds: Bounds):
@@ -81,42 +83,74 @@ class Inside:
         return self._found[name, itself]
 
     def _compare(self, name: str, itself: bool) -> tuple[list[str], str]:
+        upstream = self._upstream(name)
+        start = [name] if itself else self._sources(name)
+        for first in range(0, len(upstream), _NEAR):
+            chunk = upstream[first : first + _NEAR]
+            compared, reason = self._compare_some(name, start if not first else chunk, chunk)
+            if compared or reason:
+                return compared, reason
+        return [], ""
+
+    def _compare_some(
+        self, name: str, start: Sequence[str], chunk: Sequence[str]
+    ) -> tuple[list[str], str]:
+        """Compare some tensors in front of an output, and those in front of them that say little.
+
+        Args:
+            name: the output.
+            start: where to start.
+            chunk: tensors that are looked at at all.
+        """
         rounding = self._rounding
-        near = self._near(name)
-        theirs = [n for n in near if self._trace.maker(n) is not None]
+        theirs = [n for n in chunk if self._trace.maker(n) is not None]
         runs = rounding.runs[:2] + rounding.runs[2:][-1:]
         try:
-            before = fetch(rounding.model, near, runs)
+            before = fetch(rounding.model, list(chunk), runs)
             after = fetch(self._simplified, theirs, runs)
         except Exception:  # an inner tensor of a type that cannot be an output
             return [], ""
         compared: list[str] = []
         weak: list[str] = []
-        waiting, seen = [name] if itself else self._sources(name), {name}
+        waiting, seen = list(start), {name, *start}
         while waiting:
             tensor = waiting.pop(0)
-            a, b = before.get(tensor), after.get(tensor)
-            if a is not None and b is not None and self._is_evidence(a, b):
-                gap = self._gap(tensor, a, b)
-                if not gap.error <= self._bounds.tolerance:
-                    # Channels that nobody needs may hold anything.
-                    b = self._where_needed(tensor, a, b)
-                    gap = self._gap(tensor, a, b)
-                right = gap.error <= self._bounds.tolerance
-                if not right and not self._is_rounding(tensor, a, b):
-                    text = gap.reason or f"differs by {gap.error:.2g} of its magnitude"
-                    return compared, f"'{tensor}' in front of output '{name}' {text}"
-                varies = compare(a[0], a[1], columns=False).whole
-                if right and varies > MARGIN * self._bounds.tolerance:
-                    compared.append(tensor)
-                    continue
-                # What hardly varies, or is rounded that much, says little: look further.
+            verdict, reason = "", ""
+            if tensor in before and tensor in after:
+                verdict, reason = self._weigh(tensor, before[tensor], after[tensor])
+            if reason:
+                return compared, f"'{tensor}' in front of output '{name}' {reason}"
+            if verdict == "right":
+                compared.append(tensor)
+                continue
+            if verdict:
                 weak.append(tensor)
             for source in self._sources(tensor):
                 if source not in seen and source in before:
                     seen.add(source)
                     waiting.append(source)
         return compared or weak, ""
+
+    def _weigh(
+        self, tensor: str, before: Sequence[np.ndarray], after: Sequence[np.ndarray]
+    ) -> tuple[str, str]:
+        """Whether a tensor is right, or says little, or nothing; and what is wrong, if it is not.
+
+        What hardly varies, or is rounded as much as it varies, says little.
+        """
+        a, b = _matched(before, after), list(after)
+        if a is None or not self._is_evidence(a, b):
+            return "", ""
+        gap = self._gap(tensor, a, b)
+        if not gap.error <= self._bounds.tolerance:
+            # Channels that nobody needs may hold anything.
+            b = self._where_needed(tensor, a, b)
+            gap = self._gap(tensor, a, b)
+        right = gap.error <= self._bounds.tolerance
+        if not right and not self._is_rounding(tensor, before, a, b):
+            return "", gap.reason or f"differs by {gap.error:.2g} of its magnitude"
+        varies = compare(a[0], a[1], columns=False).whole
+        return "right" if right and varies > MARGIN * self._bounds.tolerance else "weak", ""
 
     def _gap(self, tensor: str, a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> Gap:
         """The largest gap of all runs."""
@@ -149,11 +183,14 @@ class Inside:
             return []
         return [t for t in trace.reads(node) if trace.depends_on_inputs(t) and trace.maker(t)]
 
-    def _near(self, name: str) -> list[str]:
+    def _upstream(self, name: str) -> list[str]:
         """Tensors in front of an output, nearest first."""
         found, place = [name], 0
-        while place < len(found) and len(found) < _NEAR:
-            found += [t for t in self._sources(found[place]) if t not in found]
+        known = {name}
+        while place < len(found):
+            more = [t for t in dict.fromkeys(self._sources(found[place])) if t not in known]
+            found += more
+            known.update(more)
             place += 1
         return found[1:]
 
@@ -169,9 +206,20 @@ class Inside:
         return a[0].dtype.kind in "fV" and is_informative(a[0], a[1])
 
     def _is_rounding(
-        self, tensor: str, before: Sequence[np.ndarray], after: Sequence[np.ndarray]
+        self,
+        tensor: str,
+        whole: Sequence[np.ndarray],
+        before: Sequence[np.ndarray],
+        after: Sequence[np.ndarray],
     ) -> bool:
-        """Whether rounding moves a tensor as much in the original."""
+        """Whether rounding moves a tensor as much in the original.
+
+        Args:
+            tensor: the tensor.
+            whole: what it is there.
+            before: the same without the channels that are gone.
+            after: what it is in the simplified model.
+        """
         runs = self._rounding.runs[:2]
         try:
             optimized = fetch(self._rounding.model, [tensor], runs, optimize=True)[tensor]
@@ -184,13 +232,42 @@ class Inside:
         except Exception:
             return False
         for k, (a, b) in enumerate(zip(before[:2], after[:2], strict=True)):
-            moved = [spread(a, o) for o in (optimized[k], *others[2 * k : 2 * k + 2])]
+            near_by = (optimized[k], *others[2 * k : 2 * k + 2])
+            moved = [spread(whole[k], other) for other in near_by]
             largest = max((float(m.max()) for m in moved if m is not None), default=0.0)
             bound = min(WIDER * largest, STEPS * float(np.abs(wide(a)).max(initial=0.0)))
             bound += self._rounding.step(tensor)
             if not np.abs(wide(a) - wide(b)).max(initial=0.0) <= bound:
                 return False
         return True
+
+
+def _matched(
+    before: Sequence[np.ndarray], after: Sequence[np.ndarray]
+) -> Sequence[np.ndarray] | None:
+    """The channels of a tensor that are those of what is left of it, by the first run.
+
+    Args:
+        before: the tensor, one array for each run.
+        after: the same with channels along one axis gone, and perhaps in another order.
+
+    Returns:
+        Arrays of the shapes of the latter; None if they do not differ along one axis only.
+    """
+    a, b = before[0], after[0]
+    if not (isinstance(a, np.ndarray) and isinstance(b, np.ndarray)) or a.dtype.kind != "f":
+        return before
+    if a.shape == b.shape or a.ndim != b.ndim:
+        return before
+    axes = [k for k in range(a.ndim) if a.shape[k] != b.shape[k]]
+    if len(axes) > 1 or a.shape[axes[0]] < b.shape[axes[0]]:
+        return None
+    axis = axes[0]
+    own, left = (np.moveaxis(x, axis, 0).reshape(x.shape[axis], -1) for x in (a, b))
+    places = np.linspace(0, own.shape[1] - 1, min(own.shape[1], _PLACES)).astype(np.int64)
+    own, left = own[:, places], left[:, places]
+    index = [int(np.abs(own - channel).max(axis=1).argmin()) for channel in left]
+    return [x.take(index, axis) for x in before]
 
 
 def _are_alike(first: Model, a: gs.Node, second: Model, b: gs.Node) -> bool:
