@@ -14,6 +14,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import onnx
 
@@ -25,7 +26,7 @@ LIMIT = 1e-5
 
 
 def models(
-    name: str, protocol: str, exporter: str, dynamic: bool = False
+    name: str, protocol: Any, exporter: Any, dynamic: bool = False
 ) -> Iterator[onnx.ModelProto]:
     """The pruned model, of one image or of any number of them, and for P2 its oracle."""
     import torch

@@ -93,15 +93,16 @@ def cases() -> Iterator[Case]:
 
     for kind in _KINDS:
         for test in sorted(load_model_tests(kind=kind), key=lambda t: t.name):
-            folder = Path(test.model_dir)
+            folder = Path(str(test.model_dir))
             model = onnx.load(folder / "model.onnx")
             sets = [list(inputs(f, model.graph)) for f in sorted(folder.glob("test_data_set_*"))]
             yield Case(f"{kind}/{test.name}", model.SerializeToString(), sets)
     for test in load_model_tests(kind="node"):
         sets = [
             [numpy_helper.to_array(v) if isinstance(v, onnx.TensorProto) else v for v in given]
-            for given, _ in test.data_sets
+            for given, _ in test.data_sets or ()
         ]
+        assert test.model is not None
         yield Case(f"node/{test.name}", test.model.SerializeToString(), sets)
 
 

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -93,7 +94,7 @@ def _make(
     pruned: float,
     op: str,
     signature: list[int | str],
-    attributes: dict[str, object],
+    attributes: dict[str, Any],
 ) -> None:
     random = np.random.default_rng(0)
     writer, source = Writer(path), "x"

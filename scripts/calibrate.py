@@ -251,12 +251,12 @@ def main() -> int:
     # What a kernel needs to start comes on top of what onnxruntime needs to call it.
     costs = {**rest, **costs, "node_cost": costs["node_cost"] + rest["node_cost"]}
     costs = {name: float(f"{value:.3g}") for name, value in costs.items()}
-    here = dataclasses.replace(shipped, **costs)
+    here = dataclasses.replace(shipped, **costs)  # type: ignore[arg-type]
     print("\n".join(f"    {name}: float = {value:g}" for name, value in costs.items()))
     report = {"fitted": errors(here, timed), "shipped": errors(shipped, timed)}
-    for title, found in report.items():
+    for title, kinds in report.items():
         print(f"\n{title} costs: factor between predicted and measured")
-        for name, row in found.items():
+        for name, row in kinds.items():
             print(
                 f"  {name:10} {row['layers']:4} layers  median {row['median']:.2f}"
                 f"  worst {row['worst']:.2f}"

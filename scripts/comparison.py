@@ -671,12 +671,12 @@ def judge(tool: Tool, network: Network, dynamic: bool = False) -> Verdict:
     try:
         with quiet():
             result = tool.network(network, dynamic)
-            error = worst_error(model, result, images(*SIZES) if dynamic else images())
+            worst = worst_error(model, result, images(*SIZES) if dynamic else images())
     except Exception as error:  # whatever a tool fails with is a result
         return replace(verdict, failure=reason(error))
     if _varying(result) != _varying(original):
         return replace(verdict, failure=f"dimensions are {result.dims}")
-    return replace(verdict, removed=original.channels - result.channels, error=error)
+    return replace(verdict, removed=original.channels - result.channels, error=worst)
 
 
 def _varying(result: Result) -> list[list[bool]]:
@@ -789,17 +789,18 @@ def any_file(tool: Tool) -> Cell:
         return Cell("no", None, (reason(error),))
     shape = [size or 1 for size in original.dims[0]]
     feeds = [[np.random.default_rng(0).standard_normal(shape).astype(np.float32)]]
-    error = worst_error(model, result, feeds)
+    worst = worst_error(model, result, feeds)
     share = result.parameters / original.parameters
-    measured = {"parameters": share, "error": error}
-    if error > LIMIT:
-        return Cell(f"wrong ({error:.2g})", measured)
+    measured = {"parameters": share, "error": worst}
+    if worst > LIMIT:
+        return Cell(f"wrong ({worst:.2g})", measured)
     try:
         with tempfile.TemporaryDirectory() as folder, quiet():
             result.save(Path(folder, "model.onnx"))
             onnx.load(Path(folder, "model.onnx"))
     except Exception as error:
         return Cell("reads only", measured, (f"writes no ONNX: {reason(error)}",))
+    assert result.model is not None
     own = {node.domain for node in result.model.graph.node} - {"", "ai.onnx"}
     if own:
         return Cell("own operators", measured, (f"uses operators of {', '.join(sorted(own))}",))
@@ -915,7 +916,7 @@ function. The reasons are in `docs/comparison.json`.
 
 def installed() -> list[Tool]:
     """The tools that there are; says which are not."""
-    found = []
+    found: list[Tool] = []
     for tool in TOOLS:
         try:
             if not isinstance(tool, OnnxSimplify):

@@ -26,6 +26,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -56,7 +57,7 @@ class Network:
         self.parameters[name] = value.astype(np.float32)
         return name
 
-    def op(self, kind: str, name: str, inputs: list[str], **attributes: object) -> str:
+    def op(self, kind: str, name: str, inputs: list[str], **attributes: Any) -> str:
         """Append a node with one output, named after the node."""
         self.nodes.append(helper.make_node(kind, inputs, [f"{name}.out"], name, **attributes))
         return f"{name}.out"

@@ -14,7 +14,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ def environment(*packages: str) -> dict[str, str]:
     return found
 
 
-def describe(env: dict[str, str]) -> str:
+def describe(env: Mapping[str, str]) -> str:
     """The environment in one line."""
     versions = ", ".join(f"{k} {v}" for k, v in env.items() if k not in ("date", "cpu"))
     return f"{env['date']}, {env['cpu']}, {versions}"
@@ -110,7 +110,11 @@ class Results:
             fresh: drop all rows.
         """
         self.path = ROOT / "build" / "tables" / f"{name}.json"
-        self.head = {"settings": settings, "environment": env, "code": fingerprint()}
+        self.head: dict[str, Any] = {
+            "settings": settings,
+            "environment": env,
+            "code": fingerprint(),
+        }
         self.rows: dict[str, Any] = {}
         if not fresh and self.path.exists():
             stored = json.loads(self.path.read_text())

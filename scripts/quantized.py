@@ -15,6 +15,7 @@ import logging
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -26,7 +27,7 @@ PROTOCOLS = ("P1-slim", "P2")
 _BATCHES = 2
 
 
-def quantized(name: str, protocol: str, folder: Path) -> Path:
+def quantized(name: str, protocol: Any, folder: Path) -> Path:
     """The pruned network as a quantised model in ``folder``."""
     import torch
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static

@@ -69,7 +69,15 @@ def environment(name: str, python: Path, constraints: str) -> Path:
     subprocess.run([python, "-m", "venv", folder], check=True)
     limits = folder / "constraints.txt"
     limits.write_text(constraints, encoding="utf-8")
-    install = [inner, "-m", "pip", "install", "--quiet", "--constraint", limits]
+    install: list[str] = [
+        str(inner),
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--constraint",
+        str(limits),
+    ]
     subprocess.run([*install, "--editable", ".[fast]"], check=True, cwd=ROOT)
     stamp.touch()
     return inner

@@ -308,7 +308,7 @@ def random_feeds(model: ModelProto, count: int = 2, *, seed: int = 7, **sizes: i
             kind = info.type.tensor_type
             shape = [d.dim_value or sizes.get(d.dim_param, 2) for d in kind.shape.dim]
             dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type)
-            values = rng.standard_normal(shape)
+            values: np.ndarray = rng.standard_normal(shape)
             if dtype.kind in "iu":
                 values = rng.integers(0, 3, shape)
             elif dtype.kind == "b":

@@ -437,8 +437,9 @@ def _dequantize(
     stored = np.rint(weight / scales.reshape(shape)) + zeros.reshape(shape).astype(float)
     attrs = {"axis": axis} if per_axis else {}
     q = [b.const(stored, kind), b.const(scales), b.const(zeros, kind)]
-    found: list[Tensor | None] = [b.op("DequantizeLinear", *q, keep=False, **attrs), None]
-    b.stored += found[:1]
+    numbers = b.op("DequantizeLinear", *q, keep=False, **attrs)
+    found: list[Tensor | None] = [numbers, None]
+    b.stored.append(numbers)
     if bias is not None and b.chance(0.2):
         found[1] = b.param(bias)
     elif bias is not None:
