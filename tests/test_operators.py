@@ -204,6 +204,26 @@ def test_shared_weights_never_shrink_under_another_user():
     assert initializer(result, "shared").shape == (6, 6, 1, 1)
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_shared_weights_that_are_absorbed_into_and_cut(same):
+    """Both users drop the same columns, so they share the new weight, and cut it on their own."""
+    g = Graph()
+    x = g.input("x", ["n", 3, "h", "w"])
+    shared = g.const(g.normal(6, 6, 1, 1), "shared")
+    outputs = []
+    for dead in ([0, 3], [0, 3] if same else [1]):
+        y = g.op("Relu", g.conv(x, pruned(g.normal(6, 3, 1, 1), [0, 3]), np.ones(6, np.float32)))
+        y = g.conv(y, shared, g.normal(6))
+        weight = g.normal(4, 6, 1, 1)
+        weight[:, dead] = 0
+        outputs.append(g.conv(y, weight, g.normal(4)))
+    g.output(*outputs)
+    result = simplified(g.model(), *SIZES)
+    assert count(result, "Conv") == 6
+    rows = {tuple(t.dims)[:2] for t in result.graph.initializer if len(t.dims) == 4}
+    assert (4, 4) in rows and ((5, 4) in rows) is not same
+
+
 def test_one_bias_shared_by_folded_convolutions():
     g = Graph()
     x = g.input("x", ["n", 6, "h", "w"])
