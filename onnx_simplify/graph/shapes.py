@@ -14,6 +14,7 @@ import onnx_graphsurgeon as gs
 from onnx_simplify.errors import ModelError
 from onnx_simplify.graph.message import headless
 from onnx_simplify.graph.model import Model
+from onnx_simplify.graph.traits import DISPUTED
 
 Dim = int | str
 """A static size, or the symbol of a dynamic one (unknown sizes have symbols of their own)."""
@@ -153,9 +154,6 @@ def _infer(
     }
 
 
-_QUESTIONABLE = frozenset(
-    "AveragePool LpPool MaxPool MaxUnpool ConvTranspose Resize Upsample".split()
-)
 _PLAIN = frozenset({"kernel_shape", "strides", "pads", "count_include_pad", "group", "p"})
 
 
@@ -165,7 +163,7 @@ def is_questionable(node: gs.Node) -> bool:
     They differ on some cases of automatic or dilated pooling, of rounding up, of given output
     sizes, and of scales that are no round numbers.
     """
-    if node.domain or node.op not in _QUESTIONABLE:
+    if node.domain or node.op not in DISPUTED:
         return False
     return node.op in ("Resize", "Upsample") or any(
         name not in _PLAIN and not _is_default(name, value) for name, value in node.attrs.items()

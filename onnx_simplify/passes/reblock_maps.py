@@ -15,19 +15,8 @@ import onnx_graphsurgeon as gs
 
 from onnx_simplify.graph.edit import Readers, consumers
 from onnx_simplify.graph.model import Model
+from onnx_simplify.graph.traits import ACTIVATES, BLOCKED
 from onnx_simplify.planning.profiles import Profile
-
-# Operators that onnxruntime runs in the blocked layout.
-_ACTIVATIONS = frozenset("Clip HardSigmoid HardSwish LeakyRelu Relu Sigmoid Tanh".split())
-_BLOCKED = _ACTIVATIONS | {
-    "Add",
-    "AveragePool",
-    "Concat",
-    "Conv",
-    "GlobalAveragePool",
-    "MaxPool",
-    "Mul",
-}
 
 
 def reblock_maps(model: Model, profile: Profile) -> None:
@@ -45,9 +34,9 @@ def reblock_maps(model: Model, profile: Profile) -> None:
     for node in model.graph.nodes:
         nodes.append(node)
         users = _users(readers, node)
-        if len(users) == 1 and users[0].op in _ACTIVATIONS:
+        if len(users) == 1 and users[0].op in ACTIVATES:
             users = _users(readers, users[0])
-        if any(u.op not in _BLOCKED or u.domain for u in users):
+        if any(u.op not in BLOCKED or u.domain for u in users):
             continue
         if all(u.op == "Conv" for u in users):
             continue  # these enter it themselves

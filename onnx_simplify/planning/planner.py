@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from onnx_simplify.facts.facts import Facts
+from onnx_simplify.graph.traits import CONCATENATED
 from onnx_simplify.operators import Operator
 from onnx_simplify.operators.contraction import Contraction
 from onnx_simplify.planning.absorbing import (
@@ -22,10 +23,6 @@ from onnx_simplify.planning.plan import Plan
 from onnx_simplify.planning.profiles import Profile
 from onnx_simplify.planning.streams import Operand, arrange, merge_placements
 
-# Readers of a concatenation that onnxruntime computes in the blocked layout.
-_BLOCKED = frozenset(
-    """AveragePool BatchNormalization Clip Concat Conv GlobalAveragePool MaxPool Relu""".split()
-)
 # Operands of a concatenation may grow by this share to be whole blocks: the sums of many small
 # ones, as in a DenseNet, would grow by as much.
 _CONCAT_GROWTH = 0.125
@@ -137,7 +134,7 @@ class Planner:
         if not self.profile.rearranges_blocks or op.joins != 1:
             return False
         users = facts.readers.get(op.outputs[0].name, ())
-        if not all(user.node.op in _BLOCKED for user, _ in users):
+        if not all(user.node.op in CONCATENATED for user, _ in users):
             return False
         operands = []
         for tensor in op.inputs:

@@ -14,13 +14,7 @@ from onnx_simplify.errors import ModelError
 from onnx_simplify.graph.model import Model
 from onnx_simplify.graph.order import all_nodes
 from onnx_simplify.graph.shapes import types
-from onnx_simplify.graph.traits import BOUNDED, JUMPS, SELECTS, SIZES
-
-# Hand on what comes in; with one varying input, its numbers are those of the output.
-_PASSES = frozenset(
-    """Cast Concat Expand Flatten Gather Identity Reshape Slice Split Squeeze Transpose
-    Unsqueeze""".split()
-)
+from onnx_simplify.graph.traits import BOUNDED, JUMPS, PASSES, SELECTS, SIZES
 
 
 class Trace:
@@ -76,7 +70,7 @@ class Trace:
         where the result is as large as its operands.
         """
         node = self.maker(name)
-        while node is not None and node.op in _PASSES and not node.domain:
+        while node is not None and node.op in PASSES and not node.domain:
             node = self.maker(node.inputs[0].name)
         if node is None or node.domain:
             return 0.0
