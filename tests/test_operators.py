@@ -492,3 +492,27 @@ def test_response_to_constants_under_padding(seed):
         padded = attributes["pads"][axis] or attributes["pads"][axis + rank]
         assert found.shape[axis + 2] == (expected.shape[axis + 2] if padded else 1)
     assert np.allclose(np.broadcast_to(found, expected.shape), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("pool", ["GlobalAveragePool", "ReduceMean", "ReduceMax", "ReduceSum"])
+def test_what_a_reduction_makes_of_a_map_is_a_number(pool):
+    """Behind it, where elements go may be computed: there is but one number for each channel."""
+    g = Graph()
+    x = g.input("x", ["n", 3, 9, 7])
+    y = g.op("Relu", g.conv(x, pruned(g.normal(8, 3, 1, 1), range(5)), g.normal(8)))
+    # Channels that are maps, for they read constants under padding.
+    weight = pruned(g.normal(16, 8, 3, 3), range(0, 16, 2))
+    weight[1, 5:] = weight[3, 5:] = weight[5, 5:] = 0
+    y = g.op("Relu", g.conv(y, weight, g.normal(16), pads=[1] * 4))
+    if pool == "ReduceSum":
+        y = g.op(pool, y, np.array([2, 3]))
+    else:
+        y = g.op(pool, y, **({} if pool.startswith("Global") else {"axes": [2, 3]}))
+    batch = g.op("Slice", g.op("Shape", y), np.array([0]), np.array([1]))
+    y = g.op("Reshape", y, g.op("Concat", g.op("Abs", batch), np.array([16]), axis=0))
+    g.output(g.gemm(y, g.normal(4, 16), g.normal(4)))
+    result, report = onnx_simplify.simplify(g.model(), channel_multiple=1)
+    assert report.layers[1].outputs_after == 5
+    random = np.random.default_rng(0)
+    feeds = [{"x": random.standard_normal((n, 3, 9, 7), np.float32)} for n in (1, 3)]
+    assert_same_function(g.model(), result, feeds)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -90,8 +90,34 @@ class Spatial(Operator):
         return [] if self.keeps_uniform(facts) else [0]
 
 
+def settled(level: np.ndarray, sizes: Sequence[Dim], reduced: Collection[int]) -> np.ndarray:
+    """Levels after a reduction, where a map becomes a number.
+
+    Maps differ along axes of static size only. If none of more than one position is left, there
+    is one number for each channel, the same for every size of the others.
+
+    Args:
+        level: what is said of the result, of the input's rank.
+        sizes: sizes of the input.
+        reduced: the axes that are reduced.
+    """
+    left = [
+        size
+        for axis, size in enumerate(sizes)
+        if axis not in reduced and level.shape[axis] == 1 and isinstance(size, int)
+    ]
+    return level if any(size > 1 for size in left) else np.where(level == MAP, UNIFORM, level)
+
+
 class GlobalPool(Spatial):
     """``GlobalAveragePool`` and ``GlobalMaxPool``."""
+
+    def level(self, facts: KnownFacts) -> Masks:
+        """Constants stay constant; a map becomes a number."""
+        (level,) = super().level(facts)
+        assert level is not None
+        sizes = facts.shape(self.inputs[0])
+        return [settled(level, sizes, range(2, len(sizes)))]
 
 
 class Window(Spatial):
@@ -304,6 +330,7 @@ class Reduce(Operator):
             shape = facts.layouts.of[self.inputs[0].name].shape
             zero = facts.zero(self.inputs[0], shape) & (self.node.op in _ZERO_REDUCTIONS)
             level = np.where(zero & (level > VARYING), level, VARYING)
+        level = settled(level, facts.shape(self.inputs[0]), axes)
         return [self._fit(facts.layouts, level)]
 
     def passed(self, facts: KnownFacts, values: np.ndarray) -> np.ndarray | None:
