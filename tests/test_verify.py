@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -28,9 +28,9 @@ def spoiled(model: ModelProto, name: str, change: Callable[[np.ndarray], np.ndar
     return copy
 
 
-def body(g: Graph, channels: int = 12) -> str:
+def body(g: Graph, channels: int = 12, sizes: Sequence[int | str] = ("n", 3, "h", "w")) -> str:
     """Two pruned convolutions with live biases and BatchNormalization, of free sizes."""
-    x = g.input("image", ["n", 3, "h", "w"])
+    x = g.input("image", sizes)
     for inputs in (3, channels):
         weight = pruned(g.normal(channels, inputs, 3, 3), DEAD)
         x = g.batchnorm(g.conv(x, weight, g.normal(channels), pads=[1] * 4), channels)
@@ -102,7 +102,7 @@ def test_outputs_that_say_nothing_prove_nothing():
 def test_channels_that_are_left_are_compared_however_far_in_front():
     """Nothing gets past the second layer; what is before it has lost channels."""
     g = Graph()
-    y = body(g)
+    y = body(g, sizes=["n", 3, 12, 10])
     weight = g.normal(12, 12, 1, 1)
     y = g.op("Relu", g.conv(y, weight, np.full(12, -1e5, np.float32)))
     for _ in range(60):

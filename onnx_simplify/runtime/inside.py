@@ -252,7 +252,8 @@ def _matched(
         after: the same with channels along one axis gone, and perhaps in another order.
 
     Returns:
-        Arrays of the shapes of the latter; None if they do not differ along one axis only.
+        Arrays of the shapes of the latter; None if they do not differ along one axis only, or
+        cannot be told apart.
     """
     a, b = before[0], after[0]
     if not (isinstance(a, np.ndarray) and isinstance(b, np.ndarray)) or a.dtype.kind != "f":
@@ -260,7 +261,7 @@ def _matched(
     if a.shape == b.shape or a.ndim != b.ndim:
         return before
     axes = [k for k in range(a.ndim) if a.shape[k] != b.shape[k]]
-    if len(axes) > 1 or a.shape[axes[0]] < b.shape[axes[0]]:
+    if len(axes) > 1 or a.shape[axes[0]] < b.shape[axes[0]] or not np.isfinite(a).all():
         return None
     axis = axes[0]
     own, left = (np.moveaxis(x, axis, 0).reshape(x.shape[axis], -1) for x in (a, b))
