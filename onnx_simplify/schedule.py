@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from onnx_simplify.facts.facts import Facts
 from onnx_simplify.graph.edit import label
+from onnx_simplify.graph.message import nbytes_of
 from onnx_simplify.graph.model import Model
 from onnx_simplify.graph.shapes import infer, is_questionable
 from onnx_simplify.options import Options
@@ -32,6 +33,8 @@ from onnx_simplify.runtime.inputs import Feeds
 
 # So often a plan is made and carried out at most; almost always one turn is all it takes.
 _TURNS = 4
+# Bytes of weights that may be there twice while the original runs.
+_LARGEST_COPY = 1 << 26
 
 Observer = Callable[[Prospect], None]
 
@@ -71,7 +74,7 @@ def start(model: Model, options: Options, feeds: Feeds | None) -> Start:
         infer(model)
         check_pairs(model, options.bn_folding)
     folded = 0
-    if "fold_batchnorm" not in options.skip:
+    if _folds(options):
         folded = fold_batchnorm(model, options.bn_folding)
         model.release()
     found = layers(model)
@@ -85,8 +88,12 @@ def may_ask(original: Model, options: Options) -> bool:
     """Whether the runs of the original can answer what a plan will ask.
 
     Not where what onnx infers of sizes may not be what onnxruntime has, nor where weights are not
-    to be what they were.
+    to be what they were. Nor where that takes too much memory: folded weights are copies, which
+    would have to be there beside the original's while it runs.
     """
+    copies = _folds(options) and any(n.op == "BatchNormalization" for n in original.graph.nodes)
+    if copies and sum(map(nbytes_of, original.initializers().values())) > _LARGEST_COPY:
+        return False
     doubtful = any(is_questionable(node) for node in original.graph.nodes)
     other = options.threshold or options.auto_threshold is not None
     return not doubtful and not other and _absorbs(options)
@@ -97,6 +104,10 @@ def ask(begun: Start, planner: Planner, options: Options, original: Model) -> Qu
     begun.facts = _unmeasured(begun.model, None if _zeros_only(options) else planner)
     names = {t.name for node in original.graph.nodes for t in node.outputs}
     return questions_for(begun.facts, names)
+
+
+def _folds(options: Options) -> bool:
+    return "fold_batchnorm" not in options.skip
 
 
 def _zeros_only(options: Options) -> bool:
@@ -127,7 +138,7 @@ def simplify_in_place(
         step: called with what comes next.
     """
     model, before = begun.model, begun.layers
-    folds = "fold_batchnorm" not in options.skip
+    folds = _folds(options)
     report.batchnorms_folded = begun.folded
     report.layers = list(before.values())
     report.threshold = options.threshold

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -30,6 +30,7 @@ class Seen:
         low: smallest value over the untracked axes, float64.
         high: largest value.
         values: all values, if some constant differs along those axes, else None.
+        equal: which positions hold what they held in a first run, where that kept all values.
     """
 
     dtype: np.dtype
@@ -37,6 +38,17 @@ class Seen:
     low: np.ndarray
     high: np.ndarray
     values: np.ndarray | None
+    equal: np.ndarray | None = None
+
+    def after(self, first: Seen | None) -> Seen:
+        """The same without values, compared with a first run: only one of them is kept."""
+        if self.values is None:
+            return self
+        equal = None
+        if first is not None and first.values is not None and first.shape == self.shape:
+            axes = tuple(k for k, s in enumerate(self.low.shape) if s == 1)
+            equal = (self.values == first.values).all(axis=axes, keepdims=True)
+        return replace(self, values=None, equal=equal)
 
     @staticmethod
     def of(values: np.ndarray, constant: np.ndarray) -> Seen | None:
@@ -123,11 +135,8 @@ class Constants:
             slack = _drift(seen.dtype) * np.maximum(np.abs(low), np.abs(high))
         agree = agree & (np.abs(seen.low - low) <= slack) & (np.abs(seen.high - high) <= slack)
         if same_sizes and name in self.arrays:
-            if seen.values is None:
-                agree &= low == high  # the others would have been kept
-            else:
-                axes = tuple(k for k, s in enumerate(agree.shape) if s == 1)
-                agree &= (seen.values == self.arrays[name]).all(axis=axes, keepdims=True)
+            # Where nothing was kept to compare, nothing but uniform constants may agree.
+            agree &= low == high if seen.equal is None else seen.equal
         self.agreement[name] = agree
 
     def adopt(self, name: str, low: np.ndarray, high: np.ndarray, where: np.ndarray) -> None:

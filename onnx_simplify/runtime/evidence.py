@@ -75,14 +75,28 @@ class Evidence:
             for seen, feeds in zip(found, self.runs, strict=True):
                 # One run's tensors at a time: they are large.
                 values = session.run(feeds, names)
-                seen.update(look(dict(zip(names, values, strict=True)), questions))
+                first = None if seen is found[0] else found[0]
+                seen.update(look(dict(zip(names, values, strict=True)), questions, first))
         facts.model.release()
         return found
 
 
-def look(values: Mapping[str, np.ndarray], questions: Questions) -> dict[str, Seen | None]:
-    """What tensors of a run show of what is asked."""
-    return {name: Seen.of(array, questions[name]) for name, array in values.items()}
+def look(
+    values: Mapping[str, np.ndarray],
+    questions: Questions,
+    first: Mapping[str, Seen | None] | None = None,
+) -> dict[str, Seen | None]:
+    """What tensors of a run show of what is asked.
+
+    Args:
+        values: the tensors.
+        questions: what is asked.
+        first: what a first run showed, unless this is the first.
+    """
+    found = {name: Seen.of(array, questions[name]) for name, array in values.items()}
+    if first is None:
+        return found
+    return {n: None if seen is None else seen.after(first.get(n)) for n, seen in found.items()}
 
 
 def questions_for(facts: Facts, original: Collection[str]) -> Questions:

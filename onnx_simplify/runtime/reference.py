@@ -10,6 +10,7 @@ from itertools import chain, islice
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnx_simplify.channels.values import Seen
 from onnx_simplify.errors import CannotVerifyError, ModelError, first_line
 from onnx_simplify.graph.edit import label
 from onnx_simplify.graph.model import Model
@@ -275,7 +276,8 @@ class Reference:
                 break
             if not smaller:
                 break
-        return [first, *(self._once(session, first.sizes, k, style) for k in range(1, count))]
+        others = (self._once(session, first.sizes, k, style, first.inner) for k in range(1, count))
+        return [first, *others]
 
     def _run_others(
         self, session: Session, style: str, others: Sequence[dict[str, int]], most: int = 2
@@ -283,16 +285,24 @@ class Reference:
         """Run other sizes, up to so many that the model accepts."""
         for other in others:
             try:
-                self.runs.append(self._once(session, other, len(self.runs), style))
+                inner = self.runs[0].inner
+                self.runs.append(self._once(session, other, len(self.runs), style, inner))
             except Exception:  # this size is not for this model
                 continue
             most -= 1
             if not most:
                 return
 
-    def _once(self, session: Session, sizes: Mapping[str, int], seed: int, style: str) -> Run:
+    def _once(
+        self,
+        session: Session,
+        sizes: Mapping[str, int],
+        seed: int,
+        style: str,
+        first: Mapping[str, Seen | None] | None = None,
+    ) -> Run:
         feeds = make_feeds(self.model, self.specs, sizes, seed, style)
-        found = self._looked(session, feeds, sizes)
+        found = self._looked(session, feeds, sizes, first)
         if not all(_is_finite(o) for o in found.outputs):
             # Logarithms and roots want positive inputs.
             positive = {
@@ -301,19 +311,33 @@ class Reference:
                 else v
                 for n, v in feeds.items()
             }
-            better = self._looked(session, positive, sizes)
+            better = self._looked(session, positive, sizes, first)
             if all(_is_finite(o) for o in better.outputs):
                 return better
         return found
 
-    def _looked(self, session: Session, feeds: Feeds, sizes: Mapping[str, int] | None) -> Run:
-        """Run, and look at what is asked, unless only the batch is another one."""
+    def _looked(
+        self,
+        session: Session,
+        feeds: Feeds,
+        sizes: Mapping[str, int] | None,
+        first: Mapping[str, Seen | None] | None = None,
+    ) -> Run:
+        """Run, and look at what is asked, unless only the batch is another one.
+
+        Args:
+            session: a session of the original.
+            feeds: inputs.
+            sizes: sizes of free dimensions.
+            first: what the first of these runs showed, unless this is it.
+        """
         names = session.output_names
         if len(self.runs) > 1 and _differ_in_batch(feeds, self.runs[0].feeds):
             names = self.names
         values = session.run(feeds, names)
         named = zip(names, values, strict=True)
-        inner = look({n: v for n, v in named if n in self._questions}, self._questions)
+        asked = {n: v for n, v in named if n in self._questions}
+        inner = look(asked, self._questions, first)
         return Run(feeds, values[: session.own], dict(sizes or {}), inner)
 
     def _run_data(self, session: Session, data: Mapping[str, np.ndarray], count: int) -> None:
@@ -329,13 +353,13 @@ class Reference:
         for seed in range(1, count):
             other = make_feeds(self.model, specs, {}, seed)
             try:
-                self.runs.append(self._looked(session, other, None))
+                self.runs.append(self._looked(session, other, None, self.runs[0].inner))
             except Exception:
                 other = {n: v[..., ::-1].copy() if v.ndim else v for n, v in feeds.items()}
                 try:
-                    self.runs.append(self._looked(session, other, None))
+                    self.runs.append(self._looked(session, other, None, self.runs[0].inner))
                 except Exception:  # the values are such that no others do
-                    self.runs.append(self._looked(session, feeds, None))
+                    self.runs.append(self._looked(session, feeds, None, self.runs[0].inner))
 
     def compare(
         self,
