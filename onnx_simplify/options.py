@@ -42,6 +42,26 @@ class Options:
     threads: int = 1
     progress: Callable[[str], None] | None = None
 
+    @property
+    def folds(self) -> bool:
+        """Whether BatchNormalization is folded."""
+        return "fold_batchnorm" not in self.skip
+
+    @property
+    def cuts(self) -> bool:
+        """Whether channels are removed."""
+        return "remove_zeroed" not in self.skip
+
+    @property
+    def zeros_only(self) -> bool:
+        """Whether no constants but zeros are absorbed."""
+        return "propagate_bias" in self.skip
+
+    @property
+    def absorbs(self) -> bool:
+        """Whether any constants are absorbed: zeros only for the sake of what is removed."""
+        return self.cuts or not self.zeros_only
+
 
 def as_options(text: str) -> str:
     """A message of the Python interface, with the names that the command line has for things."""

@@ -15,7 +15,6 @@ from onnx_simplify.facts.facts import Facts
 from onnx_simplify.graph.model import Model
 from onnx_simplify.options import PASSES, Options
 from onnx_simplify.passes.clean import clean
-from onnx_simplify.passes.fold_batchnorm import fold_batchnorm
 from onnx_simplify.passes.fold_shapes import settle_sizes
 from onnx_simplify.passes.zero_small import thresholds, zero_small
 from onnx_simplify.planning.planner import Planner
@@ -89,7 +88,7 @@ def run(original: Model, options: Options) -> tuple[Model, Report]:
                 report.notes.append(f"{note} did not verify ({reason})")
                 return model, report
         raise
-    if report.after.bytes > report.before.bytes and "remove_zeroed" not in options.skip:
+    if report.after.bytes > report.before.bytes and options.cuts:
         model, report = task.smallest(target, model, report)
     if (options.benchmark or options.tune) and reference is not None:
         model, report = task.fastest(target, model, report)
@@ -329,11 +328,7 @@ def _largest_threshold(original: Model, options: Options, reference: Reference |
     """
     if reference is None:
         raise CannotVerifyError("a threshold cannot be found: the original model does not run")
-    base = original.copy()
-    clean(base)
-    settle_sizes(base, reference.runs[0].feeds)
-    if "fold_batchnorm" not in options.skip:
-        fold_batchnorm(base, options.bn_folding)
+    base = start(original.copy(), options, reference.runs[0].feeds).model
     known = thresholds(base, _LARGEST_THRESHOLD)
     low, high = -1, len(known) - 1
     while low < high:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from onnx_simplify.graph.quantized import QuantizedConstant
 from onnx_simplify.graph.shapes import infer, static_shapes
 from onnx_simplify.graph.store import serialized_size
 from onnx_simplify.operators import bind, contractions
+from onnx_simplify.operators.contraction import Contraction
 from onnx_simplify.passes.clean import clean, fold_constants
 from onnx_simplify.passes.fold_shapes import fold_shapes
 from onnx_simplify.planning.plan import Step
@@ -196,14 +197,8 @@ def _macs(model: Model, shapes: Mapping[str, Sequence[int]]) -> dict[str, int] |
         # Sizes are computed on the way: follow the computation for these inputs.
         clean(model)
         fold_shapes(model, shapes)
-    found = {}
-    for product in contractions(model):
-        tensors = [t for t in (*product.inputs, *product.outputs) if t.name]
-        if not all(_is_known(t) for t in tensors):
-            return None
-        sizes = {t.name: list(t.shape) for t in tensors}
-        found[product.outputs[0].name] = product.macs(sizes)
-    return found
+    tensors = [t for n in model.graph.nodes for t in (*n.inputs, *n.outputs)]
+    return _counted(contractions(model), {t.name: t.shape for t in tensors if _is_known(t)})
 
 
 def _macs_as_inferred(model: Model, shapes: Mapping[str, Sequence[int]]) -> dict[str, int] | None:
@@ -213,16 +208,21 @@ def _macs_as_inferred(model: Model, shapes: Mapping[str, Sequence[int]]) -> dict
     products = [p for node in model.graph.nodes for p in bind(node).contractions]
     if not all(product.is_sound for product in products):
         return None
-    sizes = static_shapes(model, shapes)
+    return _counted(products, static_shapes(model, shapes))
+
+
+def _counted(
+    products: Iterable[Contraction], sizes: Mapping[str, Sequence[int | None]]
+) -> dict[str, int] | None:
+    """MACs of products by output, for the sizes of tensors by name; None if one is missing."""
     found = {}
     for product in products:
-        tensors = [t for t in (*product.inputs, *product.outputs) if t.name]
-        own = {
-            t.name: list(t.shape) if isinstance(t, gs.Constant) else sizes.get(t.name)
-            for t in tensors
-        }
-        if any(shape is None or None in shape for shape in own.values()):
-            return None
+        own: dict[str, list] = {}
+        for tensor in (*product.inputs, *product.outputs):
+            known = tensor.shape if isinstance(tensor, gs.Constant) else sizes.get(tensor.name)
+            if tensor.name and (known is None or None in known):
+                return None
+            own[tensor.name] = list(known or ())
         found[product.outputs[0].name] = product.macs(own)
     return found
 

@@ -74,7 +74,7 @@ def start(model: Model, options: Options, feeds: Feeds | None) -> Start:
         infer(model)
         check_pairs(model, options.bn_folding)
     folded = 0
-    if _folds(options):
+    if options.folds:
         folded = fold_batchnorm(model, options.bn_folding)
         model.release()
     found = layers(model)
@@ -91,32 +91,19 @@ def may_ask(original: Model, options: Options) -> bool:
     to be what they were. Nor where that takes too much memory: folded weights are copies, which
     would have to be there beside the original's while it runs.
     """
-    copies = _folds(options) and any(n.op == "BatchNormalization" for n in original.graph.nodes)
+    copies = options.folds and any(n.op == "BatchNormalization" for n in original.graph.nodes)
     if copies and sum(map(nbytes_of, original.initializers().values())) > _LARGEST_COPY:
         return False
     doubtful = any(is_questionable(node) for node in original.graph.nodes)
     other = options.threshold or options.auto_threshold is not None
-    return not doubtful and not other and _absorbs(options)
+    return not doubtful and not other and options.absorbs
 
 
 def ask(begun: Start, planner: Planner, options: Options, original: Model) -> Questions:
     """What to look at in the runs of the original; the facts are kept for the plan."""
-    begun.facts = _unmeasured(begun.model, None if _zeros_only(options) else planner)
+    begun.facts = _unmeasured(begun.model, None if options.zeros_only else planner)
     names = {t.name for node in original.graph.nodes for t in node.outputs}
     return questions_for(begun.facts, names)
-
-
-def _folds(options: Options) -> bool:
-    return "fold_batchnorm" not in options.skip
-
-
-def _zeros_only(options: Options) -> bool:
-    return "propagate_bias" in options.skip
-
-
-def _absorbs(options: Options) -> bool:
-    """Whether constants are absorbed: zeros at least, for the sake of what is removed."""
-    return not {"propagate_bias", "remove_zeroed"} <= set(options.skip)
 
 
 def simplify_in_place(
@@ -138,20 +125,17 @@ def simplify_in_place(
         step: called with what comes next.
     """
     model, before = begun.model, begun.layers
-    folds = _folds(options)
     report.batchnorms_folded = begun.folded
     report.layers = list(before.values())
     report.threshold = options.threshold
-    zeros_only = _zeros_only(options)
-    cut = "remove_zeroed" not in options.skip
-    if not _absorbs(options):
+    if not options.absorbs:
         evidence = None
     facts = begun.facts
     aligned: dict[int, int] = {}
 
     def first(prospect: Prospect) -> None:
         # Where constants are not absorbed, what is constant is no finding.
-        known = Prospect.of(Facts(model)) if zeros_only else prospect
+        known = Prospect.of(Facts(model)) if options.zeros_only else prospect
         _observe(known, before, report)
 
     observe: Observer | None = first
@@ -162,8 +146,8 @@ def simplify_in_place(
             model,
             planner,
             evidence,
-            zeros_only=zeros_only,
-            cut=cut,
+            zeros_only=options.zeros_only,
+            cut=options.cuts,
             observe=observe,
             facts=facts,
         )
@@ -173,7 +157,7 @@ def simplify_in_place(
         report.steps += [s for s in plan.steps() if not s.is_idle]
         rewrite(plan)
         clean(model)
-        if folds and any(n.op == "BatchNormalization" for n in model.graph.nodes):
+        if options.folds and any(n.op == "BatchNormalization" for n in model.graph.nodes):
             infer(model)
             report.batchnorms_folded += fold_batchnorm(model, options.bn_folding)
         if present <= {id(n) for n in model.graph.nodes}:

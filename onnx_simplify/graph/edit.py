@@ -135,10 +135,10 @@ _RELEASE = 1 << 28
 class Editor:
     """Gives nodes initializers of their own, and collects nodes to insert."""
 
-    def __init__(self, model: Model, readers: Readers | None = None):
+    def __init__(self, model: Model):
         """Edit ``model``; call :meth:`finish` at the end."""
         self.model = model
-        self.readers = consumers(model) if readers is None else readers
+        self.readers = consumers(model)
         self._users = Counter({name: len(users) for name, users in self.readers.items()})
         self._shared: dict[tuple[object, ...], gs.Constant] = {}
         self._written = 0

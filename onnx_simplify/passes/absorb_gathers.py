@@ -34,7 +34,7 @@ def absorb_gathers(model: Model, planner: Planner) -> None:
         if not any(node.op == "Gather" for node in model.graph.nodes):
             return
         facts = Facts(model)
-        editor = Editor(model, facts.layouts.readers)
+        editor = Editor(model)
         for op in facts.operators:
             indices = _indices(facts, op)
             users = facts.readers.get(op.outputs[0].name, [])

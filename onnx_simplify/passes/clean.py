@@ -204,7 +204,7 @@ def fold_constants(model: Model, *, at_any_size: bool = False) -> None:
         same = _computation(node)
         stored = same in known or id(node) in fitting or at_any_size
         size = sum(value_of[t.name].nbytes for t in node.outputs if t.name)
-        if not stored and not _is_worth_storing(node, readers, size):
+        if not stored and not _is_worth_storing(node, same, readers, size):
             continue
         if same not in known:
             known[same] = [gs.Constant(t.name, value_of.get(t.name)) for t in node.outputs]
@@ -215,9 +215,15 @@ def fold_constants(model: Model, *, at_any_size: bool = False) -> None:
     remove_nodes(model, dead)
 
 
-def _is_worth_storing(node: gs.Node, readers: Readers, size: int) -> bool:
-    """Whether results of so many bytes may take the place of a node and what it reads alone."""
-    same = _computation(node)
+def _is_worth_storing(node: gs.Node, same: str, readers: Readers, size: int) -> bool:
+    """Whether results of so many bytes may take the place of a node and what it reads alone.
+
+    Args:
+        node: the node.
+        same: its computation, which other nodes may make as well.
+        readers: readers of all tensors.
+        size: bytes of its results.
+    """
     # What others read as well stays in the file.
     supply = sum(
         t.values.nbytes

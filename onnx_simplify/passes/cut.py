@@ -39,7 +39,6 @@ class Cut:
             for labels in (merger.sources, merger.results):
                 self._rank[labels] = np.arange(labels.size)
         self.model: Model = facts.model
-        # Not the readers that the facts know: weights may have got other names since.
         self._editor = Editor(self.model)
         self._kept: dict[str, dict[int, np.ndarray]] = {}
 

@@ -68,7 +68,7 @@ def _store_results(facts: Facts) -> bool:
     model = facts.model
     if model.opset < 8:  # there is no Expand
         return False
-    editor = Editor(model, facts.layouts.readers)
+    editor = Editor(model)
     kept = {t.name for t in model.graph.outputs}
     changed = False
     for op in facts.operators:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.values import UNIFORM, VARYING, Constants, Seen
 from onnx_simplify.facts.facts import Facts
@@ -45,14 +44,14 @@ class Evidence:
         Args:
             facts: what is known without; a name of the original stands for the original's values.
         """
-        asked = _questions(facts)
+        asked, chains = _asked(facts)
         aliases = facts.model.aliases
-        missing = []
-        for name in asked:
-            known = self.seen[0].get(aliases.get(name, name))
-            if known is None or known.low.shape != asked[name].shape:
-                missing.append(name)
-        found = self._read(facts, {name: asked[name] for name in missing}) if missing else []
+        missing = {}
+        for name, constant in asked.items():
+            first = self.seen[0].get(aliases.get(name, name))
+            if first is None or first.low.shape != constant.shape:
+                missing[name] = constant
+        found = self._read(facts, missing) if missing else []
         constants = Constants()
         for name, constant in asked.items():
             source = aliases.get(name, name)
@@ -63,7 +62,7 @@ class Evidence:
             constants.record(name, constant & _is_as_expected(facts, name, answers[0]), answers[0])
             for number, answer in enumerate(answers[1:], 1):
                 constants.confirm(name, answer, same_sizes=number == 1)
-        for name, chain in _chains(facts, asked).items():
+        for name, chain in chains.items():
             _pass_on(facts, constants, name, chain)
         return facts.measured(constants)
 
@@ -111,7 +110,7 @@ def questions_for(facts: Facts, original: Collection[str]) -> Questions:
     """
     found: Questions = {}
     aliases = facts.model.aliases
-    asked = _questions(facts)
+    asked, _ = _asked(facts)
     for name, constant in asked.items():
         source = aliases.get(name, name)
         if source in original:
@@ -123,12 +122,13 @@ def questions_for(facts: Facts, original: Collection[str]) -> Questions:
     return found if total <= _CHUNK else {}
 
 
-def _questions(facts: Facts) -> Questions:
-    """All that a graph's facts lack."""
-    found = {t.name: t for t in wanted(facts)}
-    found |= {c[0].inputs[0].name: c[0].inputs[0] for c in _chains(facts, found).values()}
-    names = [n for n in found if n not in facts.model.input_names]
-    return {n: facts.level[n] > VARYING for n in names}
+def _asked(facts: Facts) -> tuple[Questions, dict[str, list[Operator]]]:
+    """All that a graph's facts lack, and the chains of nodes behind which some of it lies."""
+    names = _wanted(facts)
+    chains = _chains(facts, names)
+    names = dict.fromkeys([*names, *(chain[0].inputs[0].name for chain in chains.values())])
+    inputs = facts.model.input_names
+    return {n: facts.level[n] > VARYING for n in names if n not in inputs}, chains
 
 
 def _is_as_expected(facts: Facts, name: str, seen: Seen | None) -> bool:
@@ -142,13 +142,13 @@ def _is_as_expected(facts: Facts, name: str, seen: Seen | None) -> bool:
     )
 
 
-def wanted(facts: Facts) -> list[gs.Tensor]:
-    """The tensors whose constant values decide something.
+def _wanted(facts: Facts) -> dict[str, None]:
+    """The names, in order, of tensors whose constant values decide something.
 
     Operators say which of their inputs these are; tensors that must exist in any case are added
     where they are constant altogether.
     """
-    found: dict[str, gs.Tensor] = {}
+    found: dict[str, None] = {}
     required = list(facts.model.graph.outputs)
     for op in facts.operators:
         if op.is_opaque:
@@ -156,11 +156,11 @@ def wanted(facts: Facts) -> list[gs.Tensor]:
         for index in op.wants_values(facts):
             tensor = op.inputs[index]
             if facts.has(tensor) and (facts.level[tensor.name] > VARYING).any():
-                found[tensor.name] = tensor
+                found[tensor.name] = None
     for tensor in required:
         if facts.has(tensor) and (facts.level[tensor.name] > VARYING).all():
-            found[tensor.name] = tensor
-    return list(found.values())
+            found[tensor.name] = None
+    return found
 
 
 def _chains(facts: Facts, names: Collection[str]) -> dict[str, list[Operator]]:

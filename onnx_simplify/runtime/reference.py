@@ -10,7 +10,6 @@ from itertools import chain, islice
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnx_simplify.channels.values import Seen
 from onnx_simplify.errors import CannotVerifyError, ModelError, first_line
 from onnx_simplify.graph.edit import label
 from onnx_simplify.graph.model import Model
@@ -276,7 +275,7 @@ class Reference:
                 break
             if not smaller:
                 break
-        others = (self._once(session, first.sizes, k, style, first.inner) for k in range(1, count))
+        others = (self._once(session, first.sizes, k, style, first) for k in range(1, count))
         return [first, *others]
 
     def _run_others(
@@ -285,8 +284,8 @@ class Reference:
         """Run other sizes, up to so many that the model accepts."""
         for other in others:
             try:
-                inner = self.runs[0].inner
-                self.runs.append(self._once(session, other, len(self.runs), style, inner))
+                number = len(self.runs)
+                self.runs.append(self._once(session, other, number, style, self.runs[0]))
             except Exception:  # this size is not for this model
                 continue
             most -= 1
@@ -299,10 +298,10 @@ class Reference:
         sizes: Mapping[str, int],
         seed: int,
         style: str,
-        first: Mapping[str, Seen | None] | None = None,
+        first: Run | None = None,
     ) -> Run:
         feeds = make_feeds(self.model, self.specs, sizes, seed, style)
-        found = self._looked(session, feeds, sizes, first)
+        found = self._looked(session, feeds, sizes, seed, first)
         if not all(_is_finite(o) for o in found.outputs):
             # Logarithms and roots want positive inputs.
             positive = {
@@ -311,7 +310,7 @@ class Reference:
                 else v
                 for n, v in feeds.items()
             }
-            better = self._looked(session, positive, sizes, first)
+            better = self._looked(session, positive, sizes, seed, first)
             if all(_is_finite(o) for o in better.outputs):
                 return better
         return found
@@ -321,29 +320,31 @@ class Reference:
         session: Session,
         feeds: Feeds,
         sizes: Mapping[str, int] | None,
-        first: Mapping[str, Seen | None] | None = None,
+        number: int,
+        first: Run | None = None,
     ) -> Run:
-        """Run, and look at what is asked, unless only the batch is another one.
+        """Run, and look at what is asked, in two runs of one size and where more than batches vary.
 
         Args:
             session: a session of the original.
             feeds: inputs.
             sizes: sizes of free dimensions.
-            first: what the first of these runs showed, unless this is it.
+            number: how many runs come before.
+            first: the first of them, unless this is it.
         """
         names = session.output_names
-        if len(self.runs) > 1 and _differ_in_batch(feeds, self.runs[0].feeds):
+        if number > 1 and first is not None and _differ_in_batch(feeds, first.feeds):
             names = self.names
         values = session.run(feeds, names)
         named = zip(names, values, strict=True)
         asked = {n: v for n, v in named if n in self._questions}
-        inner = look(asked, self._questions, first)
+        inner = look(asked, self._questions, None if first is None else first.inner)
         return Run(feeds, values[: session.own], dict(sizes or {}), inner)
 
     def _run_data(self, session: Session, data: Mapping[str, np.ndarray], count: int) -> None:
         feeds = _fit(self.specs, data)
         try:
-            self.runs = [self._looked(session, feeds, None)]
+            self.runs = [self._looked(session, feeds, None, 0)]
         except Exception as error:
             raise ModelError(
                 f"input data: the original model rejects them: {first_line(error)}"
@@ -353,13 +354,13 @@ class Reference:
         for seed in range(1, count):
             other = make_feeds(self.model, specs, {}, seed)
             try:
-                self.runs.append(self._looked(session, other, None, self.runs[0].inner))
+                self.runs.append(self._looked(session, other, None, seed, self.runs[0]))
             except Exception:
                 other = {n: v[..., ::-1].copy() if v.ndim else v for n, v in feeds.items()}
                 try:
-                    self.runs.append(self._looked(session, other, None, self.runs[0].inner))
+                    self.runs.append(self._looked(session, other, None, seed, self.runs[0]))
                 except Exception:  # the values are such that no others do
-                    self.runs.append(self._looked(session, feeds, None, self.runs[0].inner))
+                    self.runs.append(self._looked(session, feeds, None, seed, self.runs[0]))
 
     def compare(
         self,
