@@ -328,7 +328,9 @@ def _largest_threshold(original: Model, options: Options, reference: Reference |
     """
     if reference is None:
         raise CannotVerifyError("a threshold cannot be found: the original model does not run")
-    base = start(original.copy(), options, reference.runs[0].feeds).model
+    begun = start(original.copy(), options, reference.runs[0].feeds)
+    begun.fold(options)
+    base = begun.model
     known = thresholds(base, _LARGEST_THRESHOLD)
     low, high = -1, len(known) - 1
     while low < high:

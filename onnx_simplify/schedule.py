@@ -15,12 +15,12 @@ from onnx_simplify.options import Options
 from onnx_simplify.passes.absorb_gathers import absorb_gathers
 from onnx_simplify.passes.clean import clean
 from onnx_simplify.passes.compress_maps import compress_maps
-from onnx_simplify.passes.fold_batchnorm import check_pairs, fold_batchnorm
+from onnx_simplify.passes.fold_batchnorm import check_pairs, fold_batchnorm, foldable
 from onnx_simplify.passes.fold_shapes import settle_sizes
 from onnx_simplify.passes.reblock_maps import reblock_maps
 from onnx_simplify.passes.regroup_shuffles import find_shuffles, regroup_shuffles
 from onnx_simplify.passes.rewrite import rewrite
-from onnx_simplify.passes.split_sums import split_sums
+from onnx_simplify.passes.split_sums import narrow_operands, split_sums
 from onnx_simplify.passes.store_constants import store_constants
 from onnx_simplify.passes.zero_small import zero_small
 from onnx_simplify.planning.absorbing import Prospect
@@ -44,20 +44,36 @@ class Start:
     """A model that is ready to be planned for.
 
     Attributes:
-        model: the model, cleaned, sizes and BatchNormalization folded.
-        layers: its layers with weights, by ``id`` of the node.
+        model: the model, cleaned, sizes folded; BatchNormalization as well once it has layers.
+        layers: its layers with weights, by ``id`` of the node; None before :meth:`fold`.
         folded: how many BatchNormalization nodes were folded.
         facts: what is known of it, if that was looked for already.
     """
 
     model: Model
-    layers: dict[int, Layer]
+    layers: dict[int, Layer] | None = None
     folded: int = 0
     facts: Facts | None = None
 
+    def fold(self, options: Options) -> dict[int, Layer]:
+        """Fold BatchNormalization and take small channels for zero, in place and once.
+
+        Returns:
+            The layers.
+        """
+        if self.layers is None:
+            if options.folds:
+                self.folded = fold_batchnorm(self.model, options.bn_folding)
+                self.model.release()
+            self.layers = layers(self.model)
+            if options.threshold:
+                for node, count in zero_small(self.model, options.threshold).items():
+                    self.layers[node].small = count
+        return self.layers
+
 
 def start(model: Model, options: Options, feeds: Feeds | None) -> Start:
-    """Do in place what comes before any plan.
+    """Do in place what comes before any plan, but for :meth:`Start.fold`.
 
     Args:
         model: the model as loaded.
@@ -73,37 +89,45 @@ def start(model: Model, options: Options, feeds: Feeds | None) -> Start:
     if options.bn_folding is not None:
         infer(model)
         check_pairs(model, options.bn_folding)
-    folded = 0
-    if options.folds:
-        folded = fold_batchnorm(model, options.bn_folding)
-        model.release()
-    found = layers(model)
-    if options.threshold:
-        for node, count in zero_small(model, options.threshold).items():
-            found[node].small = count
-    return Start(model, found, folded)
+    return Start(model)
 
 
 def may_ask(original: Model, options: Options) -> bool:
     """Whether the runs of the original can answer what a plan will ask.
 
     Not where what onnx infers of sizes may not be what onnxruntime has, nor where weights are not
-    to be what they were. Nor where that takes too much memory: folded weights are copies, which
-    would have to be there beside the original's while it runs.
+    to be what they were.
     """
-    copies = options.folds and any(n.op == "BatchNormalization" for n in original.graph.nodes)
-    if copies and sum(map(nbytes_of, original.initializers().values())) > _LARGEST_COPY:
-        return False
     doubtful = any(is_questionable(node) for node in original.graph.nodes)
     other = options.threshold or options.auto_threshold is not None
     return not doubtful and not other and options.absorbs
 
 
 def ask(begun: Start, planner: Planner, options: Options, original: Model) -> Questions:
-    """What to look at in the runs of the original; the facts are kept for the plan."""
-    begun.facts = _unmeasured(begun.model, None if options.zeros_only else planner)
+    """What to look at in the runs of the original.
+
+    Folded weights are copies. Where they are large, they had better not be there beside the
+    original's while it runs, and the graph is asked about as it is before folding. Otherwise the
+    facts are kept for the plan.
+    """
     names = {t.name for node in original.graph.nodes for t in node.outputs}
+    splitter = None if options.zeros_only else planner
+    if options.folds and _copies(begun.model) > _LARGEST_COPY:
+        infer(begun.model)
+        gone = {n.outputs[0].name for n, _, behind in foldable(begun.model) if behind}
+        facts = Facts(begun.model)
+        narrow = [] if splitter is None else narrow_operands(facts, splitter)
+        return questions_for(facts, names - gone, narrow)
+    begun.fold(options)
+    begun.facts = _unmeasured(begun.model, splitter)
     return questions_for(begun.facts, names)
+
+
+def _copies(model: Model) -> int:
+    """Bytes of weights that folding BatchNormalization makes anew, at most."""
+    if not any(n.op == "BatchNormalization" for n in model.graph.nodes):
+        return 0
+    return sum(map(nbytes_of, model.initializers().values()))
 
 
 def simplify_in_place(
@@ -124,7 +148,7 @@ def simplify_in_place(
         options: what to do.
         step: called with what comes next.
     """
-    model, before = begun.model, begun.layers
+    model, before = begun.model, begun.fold(options)
     report.batchnorms_folded = begun.folded
     report.layers = list(before.values())
     report.threshold = options.threshold

@@ -19,6 +19,7 @@ class ChannelAffine(Operator):
     """
 
     reorders = True
+    channelwise = True
 
     def layout(self, layouts: Layouts) -> None:
         """Channels pass through."""

@@ -41,28 +41,9 @@ def split_sums(facts: Facts, planner: Planner) -> bool:
         Whether anything was inserted; the facts are then out of date.
     """
     model = facts.model
-    # What stays if all constants are absorbed.
-    alive = facts.alive(
-        {name: need & (facts.level[name] == VARYING) for name, need in facts.needed.items()}
-    )
-    streams: dict[bytes, dict[str, tuple[gs.Tensor, Operand]]] = {}
-    for op in facts.operators:
-        for tensor in _operands(facts, op):
-            operand = _operand(facts, alive, tensor)
-            if operand is not None:
-                key = facts.layouts.of[op.outputs[0].name].tobytes()
-                streams.setdefault(key, {})[tensor.name] = tensor, operand
-    inserted: dict[str, gs.Node] = {}
     # One array for all of a size: they are large, and most of them are soon cut down.
     weights: dict[tuple[int, int], np.ndarray] = {}
-    for stream in streams.values():
-        tensors = [tensor for tensor, _ in stream.values()]
-        operands = [operand for _, operand in stream.values()]
-        labels = facts.layouts.of[tensors[0].name].ravel()
-        users = layers_at(facts, labels, 0, alive)
-        movable = can_move(facts, labels)
-        for index in planner.narrow_operands(operands, users, labels.size, movable):
-            inserted[tensors[index].name] = _identity(facts, tensors[index], weights)
+    inserted = {t.name: _identity(facts, t, weights) for t in narrow_operands(facts, planner)}
     placed: set[str] = set()
     nodes = []
     for op in facts.operators:
@@ -79,6 +60,31 @@ def split_sums(facts: Facts, planner: Planner) -> bool:
         nodes.append(op.node)
     model.graph.nodes = nodes
     return bool(placed)
+
+
+def narrow_operands(facts: Facts, planner: Planner) -> list[gs.Tensor]:
+    """The operands of sums that had better have channels of their own."""
+    # What stays if all constants are absorbed.
+    alive = facts.alive(
+        {name: need & (facts.level[name] == VARYING) for name, need in facts.needed.items()}
+    )
+    streams: dict[bytes, dict[str, tuple[gs.Tensor, Operand]]] = {}
+    for op in facts.operators:
+        for tensor in _operands(facts, op):
+            operand = _operand(facts, alive, tensor)
+            if operand is not None:
+                key = facts.layouts.of[op.outputs[0].name].tobytes()
+                streams.setdefault(key, {})[tensor.name] = tensor, operand
+    found = []
+    for stream in streams.values():
+        tensors = [tensor for tensor, _ in stream.values()]
+        operands = [operand for _, operand in stream.values()]
+        labels = facts.layouts.of[tensors[0].name].ravel()
+        users = layers_at(facts, labels, 0, alive)
+        movable = can_move(facts, labels)
+        narrow = planner.narrow_operands(operands, users, labels.size, movable)
+        found += [tensors[index] for index in narrow]
+    return found
 
 
 def _operands(facts: Facts, op: Operator) -> list[gs.Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
+import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.values import UNIFORM, VARYING, Constants, Seen
 from onnx_simplify.facts.facts import Facts
@@ -98,12 +99,15 @@ def look(
     return {n: None if seen is None else seen.after(first.get(n)) for n, seen in found.items()}
 
 
-def questions_for(facts: Facts, original: Collection[str]) -> Questions:
+def questions_for(
+    facts: Facts, original: Collection[str], more: Collection[gs.Tensor] = ()
+) -> Questions:
     """What to ask the original's runs about a graph that was made from it.
 
     Args:
         facts: what is known of that graph, unmeasured.
         original: names of the original's tensors.
+        more: tensors of which to ask in any case.
 
     Returns:
         Nothing, if it would take much memory to answer at once.
@@ -111,6 +115,7 @@ def questions_for(facts: Facts, original: Collection[str]) -> Questions:
     found: Questions = {}
     aliases = facts.model.aliases
     asked, _ = _asked(facts)
+    asked |= {t.name: facts.level[t.name] > VARYING for t in more}
     for name, constant in asked.items():
         source = aliases.get(name, name)
         if source in original:
