@@ -31,14 +31,14 @@ import onnx
 from onnx import ModelProto
 
 from onnx_simplify import pipeline
-from onnx_simplify.errors import CannotVerifyError, ModelError
+from onnx_simplify.errors import CannotVerifyError
 from onnx_simplify.facts.facts import Facts
 from onnx_simplify.graph.edit import label
 from onnx_simplify.graph.load import ModelSource, load
 from onnx_simplify.graph.model import Model, fits_message
 from onnx_simplify.graph.shapes import infer
 from onnx_simplify.graph.store import check_writable, save
-from onnx_simplify.options import PASSES, Options
+from onnx_simplify.options import Options, as_names, check_positive, checked_target
 from onnx_simplify.passes.clean import clean
 from onnx_simplify.passes.fold_batchnorm import check_pairs, foldable
 from onnx_simplify.passes.fold_batchnorm import fold_batchnorm as _fold_batchnorm
@@ -46,7 +46,7 @@ from onnx_simplify.passes.fold_shapes import settle_sizes
 from onnx_simplify.passes.rewrite import rewrite
 from onnx_simplify.pipeline import constant_outputs, is_half
 from onnx_simplify.planning.planner import Planner
-from onnx_simplify.planning.profiles import PROFILES, profile
+from onnx_simplify.planning.profiles import profile
 from onnx_simplify.report import Report
 from onnx_simplify.runtime.benchmark import Timing, time_models
 from onnx_simplify.runtime.evidence import Evidence
@@ -127,30 +127,7 @@ def simplify(  # noqa: PLR0913  (the options, as keywords)
     arguments = dict(locals())
     if arguments.pop("isolated"):
         return simplify_apart(arguments)
-    _check_positive(
-        rtol=rtol,
-        channel_multiple=channel_multiple,
-        threads=threads,
-        auto_threshold=auto_threshold,
-    )
-    _check_threshold(threshold, auto_threshold, input_data)
-    options = Options(
-        pinned=_names(pinned),
-        skip=checked_passes(skip),
-        bn_folding=bn_folding,
-        input_shapes=dict(input_shapes or {}),
-        input_data=input_data,
-        verify=verify,
-        rtol=rtol,
-        checks=checks,
-        target=checked_target(target),
-        channel_multiple=channel_multiple,
-        benchmark=benchmark,
-        tune=tune,
-        threads=threads,
-        threshold=threshold,
-        auto_threshold=auto_threshold,
-    )
+    options = Options.of(arguments)
     if save_to is not None:
         check_writable(save_to)
     result, report = pipeline.run(load(model, freeze_weights=freeze_weights), options)
@@ -235,7 +212,7 @@ def remove_zeroed(
         ModelError: the model is invalid, or an argument does not fit it.
         CannotVerifyError: the model does not run, so zeros cannot be measured.
     """
-    _check_positive(channel_multiple=channel_multiple)
+    check_positive(channel_multiple=channel_multiple)
     working = _cleaned(model, pinned)
     planner = Planner(profile(checked_target(target), channel_multiple))
     evidence = _evidence(working, input_shapes, input_data)
@@ -294,7 +271,7 @@ def verify(
         ModelError: a model is invalid, or an argument does not fit it.
         CannotVerifyError: the original runs on no input that could be made.
     """
-    _check_positive(rtol=rtol)
+    check_positive(rtol=rtol)
     dense = load(original)
     reference = Reference(dense, input_shapes=input_shapes, input_data=input_data, count=checks)
     return reference.compare(
@@ -329,7 +306,7 @@ def benchmark(
         ModelError: a model is invalid, or an argument does not fit it.
         CannotVerifyError: the first model runs on no input that could be made.
     """
-    _check_positive(threads=threads, rounds=rounds)
+    check_positive(threads=threads, rounds=rounds)
     loaded = {name: load(model) for name, model in models.items()}
     if not loaded:
         return {}
@@ -338,57 +315,9 @@ def benchmark(
     return time_models(loaded, feeds, threads=threads, rounds=rounds)
 
 
-def _names(names: Collection[str]) -> Collection[str]:
-    """The names; a single one need not be in a list."""
-    return [names] if isinstance(names, str) else names
-
-
-def _check_positive(**numbers: float | None) -> None:
-    """Raise ModelError unless the numbers that are given are positive."""
-    for name, number in numbers.items():
-        if number is not None and not number > 0:
-            raise ModelError(f"{name} is {number}, but must be positive")
-
-
-def _check_threshold(
-    threshold: float, automatic: float | None, data: Mapping[str, np.ndarray] | None
-) -> None:
-    """Raise ModelError unless thresholds make sense."""
-    if not 0 <= threshold < 1:
-        raise ModelError(f"threshold is {threshold}, but must be at least 0 and less than 1")
-    if automatic is not None and threshold:
-        raise ModelError("give a threshold or let it be found, not both")
-    if automatic is not None and data is None:
-        raise ModelError("a threshold can only be found on input_data: random inputs say little")
-
-
-def checked_passes(names: Collection[str]) -> Collection[str]:
-    """The names, if all are passes.
-
-    Raises:
-        ModelError: one is not.
-    """
-    names = _names(names)
-    for name in names:
-        if name not in PASSES:
-            raise ModelError(f"unknown pass '{name}': choose from {', '.join(PASSES)}")
-    return names
-
-
-def checked_target(name: str | None) -> str | None:
-    """The name, if it is a planner profile.
-
-    Raises:
-        ModelError: it is not.
-    """
-    if name not in (None, "auto", *PROFILES):
-        raise ModelError(f"unknown target '{name}': choose from auto, {', '.join(PROFILES)}")
-    return name
-
-
 def _cleaned(source: ModelSource, pinned: Collection[str] = ()) -> Model:
     working = load(source)
-    working.pin(_names(pinned))
+    working.pin(as_names(pinned))
     clean(working)
     settle_sizes(working, None)
     return working

@@ -12,7 +12,8 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn, TextIO
+from dataclasses import fields
+from typing import Any, NoReturn, TextIO
 
 import numpy as np
 from rich.console import Console
@@ -99,96 +100,16 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         help="where to write the result; may be IN; - is the standard output",
     )
-    add(
-        "--pin",
-        metavar="NAME",
-        action="append",
-        default=[],
-        help="tensor, node or initializer whose channels must stay (repeatable)",
-    )
-    add(
-        "--skip",
-        metavar="PASS",
-        action="append",
-        default=[],
-        choices=PASSES,
-        help=f"leave out a pass: {', '.join(PASSES)} (repeatable)",
-    )
-    add(
-        "--input-shape",
-        metavar="NAME:1,3,224,224",
-        action="append",
-        default=[],
-        type=_shape,
-        help="shape to run the model with (repeatable)",
-    )
-    add("--input-data", metavar="FILE.npz", help="arrays to run the model with, by input name")
-    add(
-        "--no-verify",
-        dest="verify",
-        action="store_false",
-        help="do not compare the result with the original",
-    )
-    add(
-        "--rtol",
-        metavar="X",
-        type=_positive_float,
-        help="bound on the error relative to an output's magnitude "
-        "(default: 1e-4, half precision 1e-2)",
-    )
-    add(
-        "--check",
-        metavar="N",
-        type=_positive_int,
-        default=2,
-        help="random inputs to compare (default: 2; other sizes come on top)",
-    )
-    add(
-        "--benchmark",
-        action="store_true",
-        help="time the original and the result in onnxruntime, interleaved; if the result is "
-        "slower, remove nothing",
-    )
-    add(
-        "--tune",
-        action="store_true",
-        help="time several plans on this machine and take the fastest",
-    )
-    add(
-        "--threads",
-        metavar="N",
-        type=_positive_int,
-        default=1,
-        help="onnxruntime threads for --benchmark and --tune (default: 1)",
-    )
-    add(
-        "--target",
-        choices=["auto", *PROFILES],
-        default="auto",
-        help="processor to plan for (default: this machine)",
-    )
-    add(
-        "--channel-multiple",
-        metavar="N",
-        type=_positive_int,
-        help="keep dead channels up to a multiple of N (default: the target's; 1: keep none)",
-    )
+    texts = {f.name: f.metadata.get("help") for f in fields(Options)}
+    known = Options()
     small = parser.add_mutually_exclusive_group()
-    small.add_argument(
-        "--threshold",
-        metavar="EPS",
-        type=_share,
-        default=0.0,
-        help="take channels for zero none of whose weights exceeds EPS times the layer's largest "
-        "(default: 0, exact); --rtol bounds the difference",
-    )
-    small.add_argument(
-        "--auto-threshold",
-        metavar="TOL",
-        type=_positive_float,
-        help="find the largest such EPS that changes no output by more than TOL of its magnitude "
-        "on --input-data",
-    )
+    for flag, (name, how) in _FLAGS.items():
+        if how.get("action") == "append":
+            how = {**how, "default": []}
+        elif how.get("action") is None:
+            how = {"default": getattr(known, name), **how}
+        group = small if name in ("threshold", "auto_threshold") else parser
+        group.add_argument(flag, dest=name, help=texts[name], **how)
     add(
         "--inspect",
         action="store_true",
@@ -250,37 +171,45 @@ def _positive_float(text: str) -> float:
     return value
 
 
+# The flag of each option that has one, and how it is read.
+_FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "--pin": ("pinned", {"metavar": "NAME", "action": "append"}),
+    "--skip": ("skip", {"metavar": "PASS", "action": "append", "choices": PASSES}),
+    "--input-shape": (
+        "input_shapes",
+        {"metavar": "NAME:1,3,224,224", "action": "append", "type": _shape},
+    ),
+    "--input-data": ("input_data", {"metavar": "FILE.npz"}),
+    "--no-verify": ("verify", {"action": "store_false"}),
+    "--rtol": ("rtol", {"metavar": "X", "type": _positive_float}),
+    "--check": ("checks", {"metavar": "N", "type": _positive_int}),
+    "--benchmark": ("benchmark", {"action": "store_true"}),
+    "--tune": ("tune", {"action": "store_true"}),
+    "--threads": ("threads", {"metavar": "N", "type": _positive_int}),
+    "--target": ("target", {"choices": ["auto", *PROFILES], "default": "auto"}),
+    "--channel-multiple": ("channel_multiple", {"metavar": "N", "type": _positive_int}),
+    "--threshold": ("threshold", {"metavar": "EPS", "type": _share}),
+    "--auto-threshold": ("auto_threshold", {"metavar": "TOL", "type": _positive_float}),
+}
+
+
 def _run(arguments: argparse.Namespace) -> int:
     text = io.StringIO()
     width = shutil.get_terminal_size((100, 24)).columns
     console = Console(file=text, quiet=arguments.quiet, highlight=False, width=width)
     _check_places(arguments)
     streamed = not arguments.inspect and streams.is_output(arguments.output)
-    if arguments.auto_threshold is not None and arguments.input_data is None:
-        raise ModelError("--auto-threshold needs --input-data: random inputs say little")
-    data = None if arguments.input_data is None else _read_data(arguments.input_data)
+    given = vars(arguments)
+    if arguments.input_data is not None:
+        given["input_data"] = _read_data(arguments.input_data)
+    given["verify"] &= not arguments.inspect
+    options = Options.of(given)
     original = load(
         streams.read_input() if streams.is_input(arguments.input) else arguments.input,
         freeze_weights=arguments.freeze_weights,
     )
     with _progress(arguments.quiet) as progress:
-        options = Options(
-            pinned=arguments.pin,
-            skip=arguments.skip,
-            input_shapes=dict(arguments.input_shape),
-            input_data=data,
-            verify=arguments.verify and not arguments.inspect,
-            rtol=arguments.rtol,
-            checks=arguments.check,
-            target=arguments.target,
-            channel_multiple=arguments.channel_multiple,
-            benchmark=arguments.benchmark,
-            tune=arguments.tune,
-            threads=arguments.threads,
-            threshold=arguments.threshold,
-            auto_threshold=arguments.auto_threshold,
-            progress=progress,
-        )
+        options.progress = progress
         try:
             model, report = pipeline.run(original, options)
         except CannotVerifyError as error:

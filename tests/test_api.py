@@ -10,6 +10,7 @@ import re
 import shutil
 import textwrap
 import typing
+from dataclasses import fields
 
 import numpy as np
 import onnx
@@ -48,6 +49,7 @@ from onnx_simplify import (
     verify,
 )
 from onnx_simplify.graph import model as graph_model
+from onnx_simplify.options import Options
 
 PAIRS = [("conv1", "batchnormalization1"), ("conv2", "batchnormalization2")]
 
@@ -709,3 +711,21 @@ def test_save_to(model, tmp_path):
     assert report.after.bytes == path.stat().st_size
     with pytest.raises(onnx_simplify.ModelError, match="does not exist"):
         onnx_simplify.simplify(model, save_to=tmp_path / "no" / "small.onnx")
+
+
+@pytest.mark.parametrize("module", ["onnx_simplify", "torch_bridge"])
+def test_options_have_one_default(module):
+    if module == "torch_bridge":
+        pytest.importorskip("torch")
+    function = importlib.import_module(module).simplify
+    known = Options()
+    taken = {
+        name: parameter.default
+        for name, parameter in inspect.signature(function).parameters.items()
+        if hasattr(known, name)
+    }
+    expected = {name: getattr(known, name) for name in taken}
+    expected |= {"input_shapes": None} if "input_shapes" in taken else {}
+    assert taken == expected
+    if module == "onnx_simplify":
+        assert {f.name for f in fields(Options)} - set(taken) == {"progress"}
