@@ -6,9 +6,11 @@ from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
+import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.values import VARYING
 from onnx_simplify.facts.facts import Facts
+from onnx_simplify.graph.identity import NodeMap
 from onnx_simplify.operators import Operator, contractions
 from onnx_simplify.operators.nodes import kind
 from onnx_simplify.planning.absorbing import Prospect
@@ -23,22 +25,22 @@ COST = "removing them would cost more than it saves"
 OPAQUE = "read by "
 
 
-def stays(prospect: Prospect) -> dict[int, Counter[str]]:
+def stays(prospect: Prospect) -> NodeMap[Counter[str]]:
     """For each layer, how many of its output channels stay for which reason.
 
     Args:
         prospect: what is known, measured, and could be absorbed.
 
     Returns:
-        Counts by reason, by ``id`` of the layer's node; what could go is not among them.
+        Counts by reason, by the layer's node; what could go is not among them.
     """
     facts, alive = prospect.facts, prospect.alive
     names, frozen = _frozen(facts)
     varying, unsure = _varying(facts)
     unable = _unable(facts)
-    found: dict[int, Counter[str]] = {}
+    found: NodeMap[Counter[str]] = NodeMap()
     for product in contractions(facts.model):
-        counts = found.setdefault(id(product.node), Counter())
+        counts = found.setdefault(product.node, Counter())
         result = product.outputs[0].name
         op = facts.producer[result]
         if op.is_opaque:
@@ -62,7 +64,7 @@ def stays(prospect: Prospect) -> dict[int, Counter[str]]:
     return found
 
 
-def held_back(counts: Mapping[int, Counter[str]], most: int = 3) -> str:
+def held_back(counts: Mapping[gs.Node, Counter[str]], most: int = 3) -> str:
     """What holds back most channels, of operators without rules, in words; empty if nothing does.
 
     Args:

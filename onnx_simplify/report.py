@@ -13,6 +13,7 @@ import onnx_graphsurgeon as gs
 from onnx_simplify.channels.values import VARYING
 from onnx_simplify.facts.facts import Facts
 from onnx_simplify.graph.edit import label
+from onnx_simplify.graph.identity import NodeMap
 from onnx_simplify.graph.model import Model
 from onnx_simplify.graph.quantized import QuantizedConstant
 from onnx_simplify.graph.shapes import infer, static_shapes
@@ -236,16 +237,16 @@ def _is_known(tensor: gs.Tensor) -> bool:
     return tensor.shape is not None and all(isinstance(d, int) for d in tensor.shape)
 
 
-def layers(model: Model) -> dict[int, Layer]:
-    """The model's layers with weights by ``id`` of the node, in execution order."""
-    found = {}
+def layers(model: Model) -> NodeMap[Layer]:
+    """The model's layers with weights, in execution order."""
+    found: NodeMap[Layer] = NodeMap()
     for product in contractions(model):
         node, (groups, outputs, inputs) = product.node, product.dims
-        found[id(node)] = Layer(label(node), node.op, groups * outputs, groups * inputs)
+        found[node] = Layer(label(node), node.op, groups * outputs, groups * inputs)
     return found
 
 
-def add_findings(found: Mapping[int, Layer], facts: Facts) -> None:
+def add_findings(found: Mapping[gs.Node, Layer], facts: Facts) -> None:
     """Count constant and dead output channels per layer, in place.
 
     Args:
@@ -253,7 +254,7 @@ def add_findings(found: Mapping[int, Layer], facts: Facts) -> None:
         facts: what is known of the same model.
     """
     for product in contractions(facts.model):
-        layer = found.get(id(product.node))
+        layer = found.get(product.node)
         result = product.outputs[0].name
         if layer is None or result not in facts.layouts.of:
             continue
@@ -267,7 +268,7 @@ def add_findings(found: Mapping[int, Layer], facts: Facts) -> None:
 
 
 def ideal_macs(
-    facts: Facts, shapes: Mapping[str, Sequence[int]], known: Mapping[int, Layer]
+    facts: Facts, shapes: Mapping[str, Sequence[int]], known: Mapping[gs.Node, Layer]
 ) -> int | None:
     """Multiply-accumulates between channels that vary and are needed; None if not known.
 
@@ -291,7 +292,7 @@ def ideal_macs(
     )
     found = 0.0
     for product in contractions(facts.model):
-        if id(product.node) not in known:
+        if product.node not in known:
             continue
         groups, *sizes = product.dims
         ends = product.outputs[0].name, product.inputs[product.wiring.data].name

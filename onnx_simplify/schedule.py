@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from onnx_simplify.facts.facts import Facts
 from onnx_simplify.graph.edit import label
+from onnx_simplify.graph.identity import NodeMap, NodeSet
 from onnx_simplify.graph.message import nbytes_of
 from onnx_simplify.graph.model import Model
 from onnx_simplify.graph.shapes import infer, is_questionable
@@ -45,17 +46,17 @@ class Start:
 
     Attributes:
         model: the model, cleaned, sizes folded; BatchNormalization as well once it has layers.
-        layers: its layers with weights, by ``id`` of the node; None before :meth:`fold`.
+        layers: its layers with weights, by node; None before :meth:`fold`.
         folded: how many BatchNormalization nodes were folded.
         facts: what is known of it, if that was looked for already.
     """
 
     model: Model
-    layers: dict[int, Layer] | None = None
+    layers: NodeMap[Layer] | None = None
     folded: int = 0
     facts: Facts | None = None
 
-    def fold(self, options: Options) -> dict[int, Layer]:
+    def fold(self, options: Options) -> NodeMap[Layer]:
         """Fold BatchNormalization and take small channels for zero, in place and once.
 
         Returns:
@@ -155,7 +156,7 @@ def simplify_in_place(
     if not options.absorbs:
         evidence = None
     facts = begun.facts
-    aligned: dict[int, int] = {}
+    aligned: NodeMap[int] = NodeMap()
 
     def first(prospect: Prospect) -> None:
         # Where constants are not absorbed, what is constant is no finding.
@@ -164,7 +165,7 @@ def simplify_in_place(
 
     observe: Observer | None = first
     for _ in range(_TURNS):
-        present = {id(n) for n in model.graph.nodes}
+        present = NodeSet(model.graph.nodes)
         step("looking for what can go")
         plan = make_plan(
             model,
@@ -184,7 +185,7 @@ def simplify_in_place(
         if options.folds and any(n.op == "BatchNormalization" for n in model.graph.nodes):
             infer(model)
             report.batchnorms_folded += fold_batchnorm(model, options.bn_folding)
-        if present <= {id(n) for n in model.graph.nodes}:
+        if present <= NodeSet(model.graph.nodes):
             break
         # Where nodes are gone, others may have become neighbours, or constant.
     # A second run gives what it stores anew the same names.
@@ -252,7 +253,7 @@ def _unmeasured(model: Model, splitter: Planner | None) -> Facts:
     return facts
 
 
-def _observe(prospect: Prospect, found: dict[int, Layer], report: Report) -> None:
+def _observe(prospect: Prospect, found: NodeMap[Layer], report: Report) -> None:
     """Enter into a report what is known of layers before anything is rewritten."""
     facts = prospect.facts
     add_findings(found, facts)
@@ -269,17 +270,17 @@ def _observe(prospect: Prospect, found: dict[int, Layer], report: Report) -> Non
     ]
 
 
-def _aligned(plan: Plan) -> dict[int, int]:
-    """By ``id`` of a layer's node, how many dead output channels stay for alignment."""
+def _aligned(plan: Plan) -> NodeMap[int]:
+    """By a layer's node, how many dead output channels stay for alignment."""
     if plan.aligned is None:
-        return {}
-    return {
-        id(product.node): int(plan.aligned[product.channels(plan.facts)[1]].sum())
+        return NodeMap()
+    return NodeMap(
+        (product.node, int(plan.aligned[product.channels(plan.facts)[1]].sum()))
         for product in plan.facts.contractions
-    }
+    )
 
 
-def _conclude(before: dict[int, Layer], after: dict[int, Layer], aligned: dict[int, int]) -> None:
+def _conclude(before: NodeMap[Layer], after: NodeMap[Layer], aligned: NodeMap[int]) -> None:
     """Enter what is left of each layer, and why what could have gone stays."""
     for node, layer in before.items():
         if node in after:

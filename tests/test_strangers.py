@@ -181,7 +181,7 @@ def test_constants_that_a_mean_makes_uncertain_are_said_to_be():
     mean = next(n.outputs[0].name for n in facts.model.graph.nodes if n.op == "ReduceMean")
     disagreeing = Constants(agreement={mean: np.zeros((1, 16, 1, 1), bool)})
     found = reasons.stays(Prospect.of(facts.measured(disagreeing)))
-    assert found[id(node)] == {"measured constants do not agree (rounding of a mean)": len(DEAD)}
+    assert found[node] == {"measured constants do not agree (rounding of a mean)": len(DEAD)}
 
 
 def test_names_that_a_dead_body_reads_are_free():

@@ -6,8 +6,10 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+import onnx_graphsurgeon as gs
 import pytest
 
+from onnx_simplify.graph.identity import NodeMap, NodeSet
 from onnx_simplify.operators import Operator
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -135,3 +137,32 @@ def test_nobody_asks_which_class_an_operator_is_of():
 @pytest.mark.parametrize("rule", ["C901", "PLR0913"])
 def test_limits_are_on(rule):
     assert f'"{rule}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_nothing_is_keyed_by_the_identity_of_a_node():
+    """Nodes have :mod:`onnx_simplify.graph.identity`; an id may belong to another one tomorrow."""
+    attributes = "onnx_simplify.passes.clean"  # compares values that nodes hold meanwhile
+    for module, tree in MODULES.items():
+        if module.startswith("onnx_simplify.") and module != "onnx_simplify.graph.identity":
+            calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call)]
+            found = [c.lineno for c in calls if getattr(c.func, "id", "") == "id"]
+            assert len(found) <= (module == attributes), f"{module}: {found}"
+
+
+def test_collections_of_nodes():
+    first, second = (gs.Node(op="Relu") for _ in range(2))
+    assert first == second
+    counts = NodeMap([(first, 1)])
+    counts[second] = 2
+    assert (list(counts.values()), counts.get(first), gs.Node(op="Relu") in counts) == (
+        [1, 2],
+        1,
+        False,
+    )
+    del counts[first]
+    assert [node is second for node in counts] == [True]
+    nodes = NodeSet([first])
+    assert second not in nodes and first in nodes and len(nodes | NodeSet([second])) == 2
+    nodes.discard(second)
+    nodes.discard(first)
+    assert not nodes

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
+from onnx_simplify.graph.identity import NodeMap, NodeSet
 from onnx_simplify.graph.model import Model
 from onnx_simplify.graph.quantized import Quantized, QuantizedConstant
 
@@ -94,17 +95,17 @@ def drop_unused(model: Model) -> None:
     set_nodes(model, keep[::-1])
 
 
-def remove_nodes(model: Model, dead: set[int]) -> None:
-    """Remove the nodes whose ``id`` is in ``dead``, in place."""
+def remove_nodes(model: Model, dead: NodeSet) -> None:
+    """Remove nodes, in place."""
     if dead:
-        set_nodes(model, [n for n in model.graph.nodes if id(n) not in dead])
+        set_nodes(model, [n for n in model.graph.nodes if n not in dead])
 
 
 def set_nodes(model: Model, keep: list[gs.Node]) -> None:
     """Make ``keep`` the graph's nodes; those left out are disconnected."""
-    alive = {id(n) for n in keep}
+    alive = NodeSet(keep)
     for node in model.graph.nodes:
-        if id(node) not in alive:
+        if node not in alive:
             node.inputs.clear()
             node.outputs.clear()
     model.graph.nodes = keep
@@ -142,8 +143,8 @@ class Editor:
         self._users = Counter({name: len(users) for name, users in self.readers.items()})
         self._shared: dict[tuple[object, ...], gs.Constant] = {}
         self._written = 0
-        self._before: dict[int, list[gs.Node]] = {}
-        self._after: dict[int, list[gs.Node]] = {}
+        self._before: NodeMap[list[gs.Node]] = NodeMap()
+        self._after: NodeMap[list[gs.Node]] = NodeMap()
 
     def put(self, node: gs.Node, index: int, values: Values) -> None:
         """Give one input of a node another initializer; other users keep the old one.
@@ -180,11 +181,11 @@ class Editor:
 
     def before(self, node: gs.Node, new: gs.Node) -> None:
         """Insert ``new`` in front of ``node`` at the end."""
-        self._before.setdefault(id(node), []).append(new)
+        self._before.setdefault(node, []).append(new)
 
     def after(self, node: gs.Node, new: gs.Node) -> None:
         """Insert ``new`` behind ``node`` at the end."""
-        self._after.setdefault(id(node), []).append(new)
+        self._after.setdefault(node, []).append(new)
 
     def add_behind(self, node: gs.Node, values: np.ndarray) -> None:
         """Add an array, broadcast, to the node's output.
@@ -215,5 +216,5 @@ class Editor:
         """Insert the collected nodes."""
         nodes: list[gs.Node] = []
         for node in self.model.graph.nodes:
-            nodes += [*self._before.get(id(node), ()), node, *self._after.get(id(node), ())]
+            nodes += [*self._before.get(node, ()), node, *self._after.get(node, ())]
         self.model.graph.nodes = nodes

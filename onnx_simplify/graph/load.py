@@ -92,7 +92,7 @@ def load(source: ModelSource, *, freeze_weights: bool = False) -> Model:
         raise ModelError(f"not a valid ONNX graph: {first_line(error)}") from error
     model.source_bytes = found.bytes
     model.files = found.files
-    model.mapped = list({id(m): m for m in map(_mapping, arrays.values()) if m}.values())
+    model.mapped = list(dict.fromkeys(filter(None, map(_mapping, arrays.values()))))
     return model
 
 

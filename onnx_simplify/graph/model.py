@@ -20,6 +20,7 @@ from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from onnx_simplify.errors import ModelError
+from onnx_simplify.graph.identity import NodeMap, NodeSet
 from onnx_simplify.graph.message import (
     INLINE_BYTES,
     MESSAGE_LIMIT,
@@ -73,24 +74,20 @@ class Model:
         del graph.initializer[:]
         graph.initializer.extend(keep)
         del graph.sparse_initializer[:]
-        self._protos: dict[int, NodeProto] = {}
         sort_nodes(graph)
         nodes = list(graph.node)
         self.graph: gs.Graph = gs.import_onnx(proto)
-        # Keyed by id: all nodes are kept alive so that none is given to a new one.
-        self._originals = list(self.graph.nodes)
-        self._attributes = {id(n): dict(n.attrs) for n in self._originals}
-        for node, message in zip(self.graph.nodes, nodes, strict=True):
-            self._protos[id(node)] = message
+        self._attributes = NodeMap((n, dict(n.attrs)) for n in self.graph.nodes)
+        self._protos = NodeMap(zip(self.graph.nodes, nodes, strict=True))
         tensors = self.graph.tensors()
         for tensor in tensors.values():
             if isinstance(tensor, gs.Constant) and tensor.name in arrays:
                 tensor.values = arrays[tensor.name]
-        self._captured = {
-            id(node): frozenset(captured_names(message))
-            for node, message in zip(self.graph.nodes, nodes, strict=True)
+        self._captured = NodeMap(
+            (node, frozenset(captured_names(message)))
+            for node, message in self._protos.items()
             if has_body(message)
-        }
+        )
         captured = frozenset().union(*self._captured.values())
         self._captured_constants = {
             n: gs.Constant(n, arrays[n]) for n in captured - set(self.overridable) if n in arrays
@@ -105,7 +102,7 @@ class Model:
         self._shared: set[str] = set()
         self._names: set[str] = set()
         self.free_names()
-        self._holders = [n for n in self.graph.nodes if id(n) in self._captured]
+        self._holders = [n for n in self.graph.nodes if n in self._captured]
         self.adopt_quantized()
         self.pinned: set[str] = set()
         self.mapped: list[mmap.mmap] = []
@@ -158,10 +155,10 @@ class Model:
             )
             for name, (node, values) in found.items()
         }
-        gone = {id(node) for node, _ in found.values()}
+        gone = NodeSet(node for node, _ in found.values())
         uses = Counter(t.name for n in self.graph.nodes for t in n.inputs)
         self._shared |= {name for name, count in uses.items() if count > 1} | self.kept_names
-        keep = [n for n in self.graph.nodes if id(n) not in gone]
+        keep = [n for n in self.graph.nodes if n not in gone]
         for node in keep:
             for index, tensor in enumerate(node.inputs):
                 if tensor.name in constants:
@@ -267,7 +264,7 @@ class Model:
 
     def captured(self, node: gs.Node) -> frozenset[str]:
         """Names of outer tensors that the bodies of an ``If``/``Loop``/``Scan`` node read."""
-        return self._captured.get(id(node), frozenset())
+        return self._captured.get(node, frozenset())
 
     def release(self) -> None:
         """Let the operating system drop the pages of mapped weights; they can be read again."""
@@ -399,8 +396,8 @@ class Model:
 
     def export_node(self, node: gs.Node) -> NodeProto:
         """The node as a message, with the documentation and metadata of the node it stems from."""
-        original = self._protos.get(id(node))
-        known = self._attributes.get(id(node), {})
+        original = self._protos.get(node)
+        known = self._attributes.get(node, {})
         unchanged = known.keys() == node.attrs.keys() and all(
             known[key] is value for key, value in node.attrs.items()
         )

@@ -14,6 +14,7 @@ import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.layouts import components
 from onnx_simplify.graph.edit import Readers, consumers, drop_unused, remove_nodes
+from onnx_simplify.graph.identity import NodeMap, NodeSet
 from onnx_simplify.graph.model import Model
 from onnx_simplify.graph.quantized import QuantizedConstant
 from onnx_simplify.operators.elementwise import has_mask, is_inference_dropout
@@ -58,7 +59,7 @@ def _drop_ones(model: Model) -> None:
     """
     readers = consumers(model)
     makers = {t.name: node for node in model.graph.nodes for t in node.outputs}
-    dead = set()
+    dead = NodeSet()
     for node in model.graph.nodes:
         if node.op != "Conv" or node.domain or not _is_ones(node):
             continue
@@ -70,7 +71,7 @@ def _drop_ones(model: Model) -> None:
         node.outputs.clear()
         maker.outputs[[t is source for t in maker.outputs].index(True)] = result
         makers[result.name] = maker
-        dead.add(id(node))
+        dead.add(node)
     remove_nodes(model, dead)
 
 
@@ -95,7 +96,7 @@ def bypass_identities(model: Model) -> None:
     kept = model.kept_names
     outputs = {t.name for t in model.graph.outputs}
     readers = consumers(model)
-    dead = set()
+    dead = NodeSet()
     for node in model.graph.nodes:
         if node.domain or not _is_identity(node):
             continue
@@ -105,7 +106,7 @@ def bypass_identities(model: Model) -> None:
         for reader, index in readers.pop(result.name, []):
             reader.inputs[index] = source
             readers.setdefault(source.name, []).append((reader, index))
-        dead.add(id(node))
+        dead.add(node)
     remove_nodes(model, dead)
 
 
@@ -136,7 +137,7 @@ def _constants(model: Model) -> None:
     """Turn ``Constant`` nodes into initializers."""
     kept = model.kept_names
     readers = consumers(model)
-    dead = set()
+    dead = NodeSet()
     for node in model.graph.nodes:
         if node.op != "Constant" or node.domain or node.outputs[0].name in kept:
             continue
@@ -146,7 +147,7 @@ def _constants(model: Model) -> None:
         tensor = gs.Constant(node.outputs[0].name, values)
         for reader, index in readers.get(tensor.name, []):
             reader.inputs[index] = tensor
-        dead.add(id(node))
+        dead.add(node)
     remove_nodes(model, dead)
 
 
@@ -193,7 +194,7 @@ def fold_constants(model: Model, *, at_any_size: bool = False) -> None:
         if isinstance(v, np.ndarray) and v.dtype.kind in "fiubcV"
     }
     readers = consumers(model)
-    dead = set()
+    dead = NodeSet()
     known: dict[str, list[gs.Constant]] = {}
     fitting = _fitting(inside, readers, {name: v.nbytes for name, v in value_of.items()})
     for node in inside:
@@ -202,7 +203,7 @@ def fold_constants(model: Model, *, at_any_size: bool = False) -> None:
         if not ready or not all(t.name in value_of for t in node.outputs if t.name):
             continue
         same = _computation(node)
-        stored = same in known or id(node) in fitting or at_any_size
+        stored = same in known or node in fitting or at_any_size
         size = sum(value_of[t.name].nbytes for t in node.outputs if t.name)
         if not stored and not _is_worth_storing(node, same, readers, size):
             continue
@@ -211,7 +212,7 @@ def fold_constants(model: Model, *, at_any_size: bool = False) -> None:
         for tensor, new in zip(node.outputs, known[same], strict=True):
             for reader, index in readers.get(tensor.name, []) if tensor.name else ():
                 reader.inputs[index] = new
-        dead.add(id(node))
+        dead.add(node)
     remove_nodes(model, dead)
 
 
@@ -234,8 +235,8 @@ def _is_worth_storing(node: gs.Node, same: str, readers: Readers, size: int) -> 
     return size <= supply + _GROWTH or (node.op == "Gather" and size <= _LARGEST_MAP)
 
 
-def _fitting(nodes: list[gs.Node], readers: Readers, sizes: Mapping[str, int]) -> set[int]:
-    """Nodes (by ``id``) of computations whose results are no larger than what only they read.
+def _fitting(nodes: list[gs.Node], readers: Readers, sizes: Mapping[str, int]) -> NodeSet:
+    """Nodes of computations whose results are no larger than what only they read.
 
     Args:
         nodes: nodes with constant inputs only; those that are connected are one computation.
@@ -248,23 +249,23 @@ def _fitting(nodes: list[gs.Node], readers: Readers, sizes: Mapping[str, int]) -
     ]
     left, right = np.array(edges, np.int64).reshape(-1, 2).T
     labels = components(len(nodes), [(left, right)])
-    part = {id(node): int(label) for node, label in zip(nodes, labels, strict=True)}
+    part = NodeMap(zip(nodes, map(int, labels), strict=True))
     growth = dict.fromkeys(part.values(), 0)
     counted: set[str] = set()
     for node in nodes:
-        own = part[id(node)]
+        own = part[node]
         for tensor in node.outputs:
             users = readers.get(tensor.name, ())
             if tensor.name and tensor.name not in sizes:
                 growth[own] = _LARGEST_MAP
-            elif any(id(user) not in part for user, _ in users):
+            elif any(user not in part for user, _ in users):
                 growth[own] += sizes[tensor.name]
         for tensor in node.inputs:
             if isinstance(tensor, gs.Constant) and tensor.name not in counted:
                 counted.add(tensor.name)
-                if all(part.get(id(user)) == own for user, _ in readers[tensor.name]):
+                if all(part.get(user) == own for user, _ in readers[tensor.name]):
                     growth[own] -= tensor.values.nbytes
-    return {id(node) for node in nodes if growth[part[id(node)]] <= 0}
+    return NodeSet(node for node in nodes if growth[part[node]] <= 0)
 
 
 def _computation(node: gs.Node) -> str:

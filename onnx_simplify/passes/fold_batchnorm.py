@@ -24,6 +24,7 @@ from onnx_simplify.graph.edit import (
     remove_nodes,
     shares_weights,
 )
+from onnx_simplify.graph.identity import NodeSet
 from onnx_simplify.graph.model import Model
 from onnx_simplify.operators import bind
 from onnx_simplify.operators.contraction import Contraction
@@ -38,7 +39,7 @@ def foldable(model: Model) -> Iterator[tuple[gs.Node, gs.Node, bool]]:
     """
     readers = consumers(model)
     producer = {t.name: n for n in model.graph.nodes for t in n.outputs if t.name}
-    taken: set[int] = set()
+    taken = NodeSet()
     for bn in model.graph.nodes:
         if bn.op != "BatchNormalization" or bn.domain or not _is_inference(bn):
             continue
@@ -51,9 +52,9 @@ def foldable(model: Model) -> Iterator[tuple[gs.Node, gs.Node, bool]]:
         if before is not None and _folds_behind(model, readers, before, bn):
             yield before, bn, True
             continue
-        if len(users) == 1 and not model.is_kept(bn.outputs[0]) and id(users[0][0]) not in taken:
+        if len(users) == 1 and not model.is_kept(bn.outputs[0]) and users[0][0] not in taken:
             if _folds_before(model, users[0][0], bn, users[0][1]):
-                taken.add(id(users[0][0]))
+                taken.add(users[0][0])
                 yield users[0][0], bn, False
 
 
@@ -75,7 +76,7 @@ def fold_batchnorm(model: Model, pairs: Collection[tuple[str, str]] | None = Non
         editor = Editor(model)
         for node, bn, behind in chosen:
             (_fold_behind if behind else _fold_before)(editor, node, bn)
-        remove_nodes(model, {id(bn) for _, bn, _ in chosen})
+        remove_nodes(model, NodeSet(bn for _, bn, _ in chosen))
         editor.finish()
         count += len(chosen)
 

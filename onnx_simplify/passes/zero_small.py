@@ -13,12 +13,13 @@ from collections.abc import Iterator
 import numpy as np
 
 from onnx_simplify.graph.edit import Editor
+from onnx_simplify.graph.identity import NodeMap
 from onnx_simplify.graph.model import Model
 from onnx_simplify.operators import contractions
 from onnx_simplify.operators.contraction import Contraction
 
 
-def zero_small(model: Model, threshold: float) -> dict[int, int]:
+def zero_small(model: Model, threshold: float) -> NodeMap[int]:
     """Set the weights of small output channels to zero, in place; biases stay.
 
     Args:
@@ -27,17 +28,17 @@ def zero_small(model: Model, threshold: float) -> dict[int, int]:
             layer's largest.
 
     Returns:
-        The number of channels, of those that were not zero before, by ``id`` of the layer's node.
+        The number of channels, of those that were not zero before, by the layer's node.
     """
     editor = Editor(model)
-    found = {}
+    found: NodeMap[int] = NodeMap()
     for product, sizes in _sizes(model):
         small = (sizes > 0) & (sizes <= threshold)
         if small.any():
             weight = np.array(product.weights())
             weight[small] = 0
             product.set_weights(weight, editor.put)
-            found[id(product.node)] = int(small.sum())
+            found[product.node] = int(small.sum())
     editor.finish()
     return found
 

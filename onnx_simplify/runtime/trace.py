@@ -11,6 +11,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnx_simplify.errors import ModelError
+from onnx_simplify.graph.identity import NodeSet
 from onnx_simplify.graph.model import Model
 from onnx_simplify.graph.order import all_nodes
 from onnx_simplify.graph.shapes import types
@@ -95,12 +96,12 @@ class Trace:
     def _upstream(self, name: str) -> Iterator[gs.Node]:
         """The nodes that a tensor's values come from, nearest first."""
         waiting, seen = deque([name]), {name}
-        nodes: set[int] = set()
+        nodes = NodeSet()
         while waiting:
             node = self.maker(waiting.popleft())
-            if node is None or id(node) in nodes:
+            if node is None or node in nodes:
                 continue
-            nodes.add(id(node))
+            nodes.add(node)
             yield node
             for source in self.reads(node):
                 if source in self._varying and source not in seen:
