@@ -22,7 +22,7 @@ from onnx_simplify.operators import bind, contractions
 from onnx_simplify.operators.contraction import Contraction
 from onnx_simplify.passes.clean import clean, fold_constants
 from onnx_simplify.passes.fold_shapes import fold_shapes
-from onnx_simplify.planning.plan import Step
+from onnx_simplify.planning.plan import Preparation, Step
 from onnx_simplify.runtime.benchmark import Timing
 from onnx_simplify.runtime.verdict import Verification
 
@@ -95,6 +95,7 @@ class Report:
         before: figures of the original.
         after: figures of the result.
         layers: all layers with weights, in execution order.
+        prepared: what was done to tensors before, so that more could be done to layers.
         steps: what was done to each layer, where anything was.
         ideal_macs: multiply-accumulates between channels that vary with the input and reach an
             output: a lower bound that no arrangement of channels can beat; None if unknown.
@@ -117,6 +118,7 @@ class Report:
     before: Figures
     after: Figures
     layers: list[Layer] = field(default_factory=list)
+    prepared: list[Preparation] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     ideal_macs: int | None = None
     batchnorms_folded: int = 0

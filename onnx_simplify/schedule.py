@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from onnx_simplify.facts.facts import Facts
 from onnx_simplify.graph.edit import label
@@ -25,7 +25,7 @@ from onnx_simplify.passes.split_sums import narrow_operands, split_sums
 from onnx_simplify.passes.store_constants import store_constants
 from onnx_simplify.passes.zero_small import zero_small
 from onnx_simplify.planning.absorbing import Prospect
-from onnx_simplify.planning.plan import Plan
+from onnx_simplify.planning.plan import GATHERED, SPLIT, STORED, Plan, Preparation
 from onnx_simplify.planning.planner import Planner
 from onnx_simplify.reasons import ALIGNMENT, COST, held_back, stays
 from onnx_simplify.report import Layer, Opaque, Report, add_findings, ideal_macs, layers
@@ -49,12 +49,14 @@ class Start:
         layers: its layers with weights, by node; None before :meth:`fold`.
         folded: how many BatchNormalization nodes were folded.
         facts: what is known of it, if that was looked for already.
+        split: operands of sums that have got channels of their own.
     """
 
     model: Model
     layers: NodeMap[Layer] | None = None
     folded: int = 0
     facts: Facts | None = None
+    split: list[str] = field(default_factory=list)
 
     def fold(self, options: Options) -> NodeMap[Layer]:
         """Fold BatchNormalization and take small channels for zero, in place and once.
@@ -120,7 +122,7 @@ def ask(begun: Start, planner: Planner, options: Options, original: Model) -> Qu
         narrow = [] if splitter is None else narrow_operands(facts, splitter)
         return questions_for(facts, names - gone, narrow)
     begun.fold(options)
-    begun.facts = _unmeasured(begun.model, splitter)
+    begun.facts, begun.split = _unmeasured(begun.model, splitter)
     return questions_for(begun.facts, names)
 
 
@@ -155,13 +157,12 @@ def simplify_in_place(
     report.threshold = options.threshold
     if not options.absorbs:
         evidence = None
-    facts = begun.facts
+    known: Start | None = begun
     aligned: NodeMap[int] = NodeMap()
 
     def first(prospect: Prospect) -> None:
         # Where constants are not absorbed, what is constant is no finding.
-        known = Prospect.of(Facts(model)) if options.zeros_only else prospect
-        _observe(known, before, report)
+        _observe(Prospect.of(Facts(model)) if options.zeros_only else prospect, before, report)
 
     observe: Observer | None = first
     for _ in range(_TURNS):
@@ -174,11 +175,12 @@ def simplify_in_place(
             zeros_only=options.zeros_only,
             cut=options.cuts,
             observe=observe,
-            facts=facts,
+            begun=known,
         )
-        observe = facts = None
+        observe = known = None
         step("removing channels")
         aligned = _aligned(plan)
+        report.prepared += plan.prepared
         report.steps += [s for s in plan.steps() if not s.is_idle]
         rewrite(plan)
         clean(model)
@@ -205,7 +207,7 @@ def make_plan(
     zeros_only: bool = False,
     cut: bool = True,
     observe: Observer | None = None,
-    facts: Facts | None = None,
+    begun: Start | None = None,
 ) -> Plan:
     """Prepare a cleaned model, in place, and plan what becomes of it.
 
@@ -219,38 +221,50 @@ def make_plan(
         zeros_only: absorb nothing but zeros.
         cut: whether channels are to go.
         observe: called with the first facts, before anything is rewritten for them.
-        facts: what is known without evidence, if that was looked for already.
+        begun: what has been found out of it already.
     """
     absorbs_all = evidence is not None and not zeros_only
     splitter = planner if absorbs_all else None
+    prepared: list[Preparation] = []
 
-    def look(known: Facts | None = None, splitter: Planner | None = None) -> Prospect:
-        facts = _unmeasured(model, splitter) if known is None else known
-        if evidence is not None:
-            facts = evidence.measured(facts)
-        return Prospect.of(facts, zeros_only=zeros_only)
+    def note(what: str, names: list[str]) -> bool:
+        prepared.extend(Preparation(name, what) for name in names)
+        return bool(names)
 
-    prospect = look(facts, splitter)
+    def look(splitter: Planner | None = None) -> Prospect:
+        facts, split = _unmeasured(model, splitter)
+        note(SPLIT, split)
+        return measured(facts)
+
+    def measured(facts: Facts) -> Prospect:
+        found = facts if evidence is None else evidence.measured(facts)
+        return Prospect.of(found, zeros_only=zeros_only)
+
+    if begun is None or begun.facts is None:
+        prospect = look(splitter)
+    else:
+        note(SPLIT, begun.split)
+        prospect = measured(begun.facts)
     if observe is not None:
         observe(prospect)
-    if absorbs_all and store_constants(prospect.facts):
+    if absorbs_all and note(STORED, store_constants(prospect.facts)):
         clean(model)
-        prospect = look(None, splitter)
+        prospect = look(splitter)
     shuffles = find_shuffles(prospect.facts)
-    if regroup_shuffles(prospect.facts, shuffles, prospect.alive):
+    if note(GATHERED, regroup_shuffles(prospect.facts, shuffles, prospect.alive)):
         prospect = look()
         shuffles = find_shuffles(prospect.facts)
     plan = planner.plan(prospect, cut=cut)
-    if cut and regroup_shuffles(prospect.facts, shuffles, plan.needed):
+    if cut and note(GATHERED, regroup_shuffles(prospect.facts, shuffles, plan.needed)):
         plan = planner.plan(look(), cut=cut)
-    return plan
+    return replace(plan, prepared=tuple(prepared))
 
 
-def _unmeasured(model: Model, splitter: Planner | None) -> Facts:
+def _unmeasured(model: Model, splitter: Planner | None) -> tuple[Facts, list[str]]:
+    """Facts, once sums are split, and the operands that got channels of their own."""
     facts = Facts(model)
-    if splitter is not None and split_sums(facts, splitter):
-        facts = Facts(model)
-    return facts
+    split = [] if splitter is None else split_sums(facts, splitter)
+    return Facts(model) if split else facts, split
 
 
 def _observe(prospect: Prospect, found: NodeMap[Layer], report: Report) -> None:

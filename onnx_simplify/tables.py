@@ -131,7 +131,7 @@ def print_layers(console: Console, report: Report) -> None:
 
 def print_steps(console: Console, report: Report) -> None:
     """The plan as it was carried out, layer by layer."""
-    for step in report.steps:
+    for step in (*report.prepared, *report.steps):
         console.print(escape(str(step)), soft_wrap=True)
 
 

@@ -21,6 +21,7 @@ from build import (
 from onnx_simplify import propagate_bias, simplify
 from onnx_simplify.planning import costs, profiles
 from onnx_simplify.planning.basis import basis
+from onnx_simplify.planning.plan import GATHERED, SPLIT, STORED
 
 ALWAYS, NEVER = {"map_cost": 1e9}, {"map_cost": 0.0, "map_start_cost": 0.0}
 
@@ -186,3 +187,26 @@ def test_stand_ins_are_free_where_a_block_has_room(channels, room):
         assert (costs.grown(profile, layer, outputs=4) == 0) is room
         # Adding a map to a huge output costs more than a few channels.
         assert costs.grown(profile, layer, outputs=4) < costs.added_map(profile, 10**8)
+
+
+def test_the_plan_says_what_was_prepared():
+    """Sums split, constants stored, shuffles that became gathers, with the names of tensors."""
+    g = Graph()
+    x = g.input("x", [1, 3, 32, 32])
+    x = g.op("Relu", g.conv(x, g.normal(64, 3, 1, 1), g.normal(64)))
+    dead = [k for k in range(64) if k % 3]
+    narrow = g.conv(x, pruned(g.normal(64, 64, 3, 3), dead), g.normal(64), pads=[1] * 4)
+    x = g.op("Relu", g.op("Add", narrow, x))
+    still = g.op("Sigmoid", g.conv(x, np.zeros((64, 64, 1, 1), np.float32), g.normal(64)))
+    x = g.conv(g.op("Mul", x, still), g.normal(64, 64, 1, 1))
+    parts = g.op("Reshape", x, np.array([1, 2, 32, 32, 32]))
+    x = g.op("Reshape", g.op("Transpose", parts, perm=[0, 2, 1, 3, 4]), np.array([1, 64, 32, 32]))
+    weight = pruned(g.normal(8, 64, 1, 1), range(0, 40, 2), axis=1)
+    g.output(g.conv(x, weight, g.normal(8)))
+    _, report = simplify(g.model(), target="avx512")
+    assert {(p.name, p.what) for p in report.prepared} == {
+        (narrow, SPLIT),
+        (still, STORED),
+        (x, GATHERED),
+    }
+    assert f"{narrow}: {SPLIT}" in [str(p) for p in report.prepared]

@@ -31,11 +31,11 @@ def find_shuffles(facts: Facts) -> list[list[Operator]]:
 
 def regroup_shuffles(
     facts: Facts, shuffles: Sequence[Sequence[Operator]], alive: np.ndarray
-) -> bool:
+) -> list[str]:
     """Rewrite in place where the labels in ``alive`` (bool ``(labels,)``) do not form a grid.
 
     Returns:
-        Whether anything was rewritten; the facts are then out of date.
+        Names of the shuffled tensors; if there are any, the facts are out of date.
     """
     model = facts.model
     swap: dict[str, gs.Node] = {}
@@ -52,7 +52,7 @@ def regroup_shuffles(
                 op="Gather", name=name, attrs={"axis": axis}, inputs=[chain[0].inputs[0], constant]
             )
     if not swap:
-        return False
+        return []
     nodes = []
     for node in list(model.graph.nodes):
         new = swap.get(node.outputs[0].name)
@@ -63,7 +63,7 @@ def regroup_shuffles(
         nodes.append(new or node)
     set_nodes(model, nodes)
     drop_unused(model)
-    return True
+    return list(swap)
 
 
 def _chain(facts: Facts, last: Operator) -> list[Operator] | None:

@@ -30,7 +30,7 @@ from onnx_simplify.planning.planner import Planner
 from onnx_simplify.planning.streams import Operand
 
 
-def split_sums(facts: Facts, planner: Planner) -> bool:
+def split_sums(facts: Facts, planner: Planner) -> list[str]:
     """Insert identity convolutions, in place.
 
     Args:
@@ -38,7 +38,7 @@ def split_sums(facts: Facts, planner: Planner) -> bool:
         planner: knows where it pays.
 
     Returns:
-        Whether anything was inserted; the facts are then out of date.
+        Names of the operands; if there are any, the facts are out of date.
     """
     model = facts.model
     # One array for all of a size: they are large, and most of them are soon cut down.
@@ -59,7 +59,7 @@ def split_sums(facts: Facts, planner: Planner) -> bool:
                     op.inputs[index] = identity.outputs[0]
         nodes.append(op.node)
     model.graph.nodes = nodes
-    return bool(placed)
+    return list(inserted)
 
 
 def narrow_operands(facts: Facts, planner: Planner) -> list[gs.Tensor]:

@@ -18,7 +18,7 @@ from onnx_simplify.graph.shapes import Dim
 _LARGEST_CONSTANT = 1 << 24
 
 
-def store_constants(facts: Facts) -> bool:
+def store_constants(facts: Facts) -> list[str]:
     """Store operands and results that are constant, in place.
 
     A constant channel is the same for every input, so what holds nothing else is too.
@@ -27,17 +27,16 @@ def store_constants(facts: Facts) -> bool:
         facts: measured facts.
 
     Returns:
-        Whether anything was rewritten; the facts are then out of date.
+        The tensors' names; if there are any, the facts are out of date.
     """
-    stored = _store_operands(facts)
-    return _store_results(facts) or stored
+    return _store_operands(facts) + _store_results(facts)
 
 
-def _store_operands(facts: Facts) -> bool:
+def _store_operands(facts: Facts) -> list[str]:
     """Replace operands of elementwise nodes that are constant altogether by initializers."""
     model = facts.model
     need = facts.needed
-    changed = False
+    stored = []
     for op in facts.operators:
         node = op.node
         if not op.stores_operands:
@@ -56,21 +55,21 @@ def _store_operands(facts: Facts) -> bool:
                 if other is tensor:
                     node.inputs[index] = constant
             operands = others
-            changed = True
-    return changed
+            stored.append(tensor.name)
+    return stored
 
 
-def _store_results(facts: Facts) -> bool:
+def _store_results(facts: Facts) -> list[str]:
     """Compute tensors that must exist, but are constant altogether, from their constants alone.
 
     Those are graph outputs and inputs of operators that are not understood.
     """
     model = facts.model
     if model.opset < 8:  # there is no Expand
-        return False
+        return []
     editor = Editor(model)
     kept = {t.name for t in model.graph.outputs}
-    changed = False
+    stored = []
     for op in facts.operators:
         node = op.node
         for index, result in enumerate(node.outputs):
@@ -89,9 +88,9 @@ def _store_results(facts: Facts) -> bool:
             expand = gs.Node("Expand", name, inputs=[constant, shape[0]], outputs=[result])
             for new in (*shape[1], expand):
                 editor.after(node, new)
-            changed = True
+            stored.append(result.name)
     editor.finish()
-    return changed
+    return stored
 
 
 def _shape_nodes(facts: Facts, tensor: gs.Tensor) -> tuple[gs.Tensor, list[gs.Node]] | None:

@@ -68,6 +68,28 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Preparation:
+    """What was done to a tensor so that the plan could be made; it changes no value.
+
+    Attributes:
+        name: the tensor's name.
+        what: what was done.
+    """
+
+    name: str
+    what: str
+
+    def __str__(self) -> str:
+        """One line."""
+        return f"{self.name}: {self.what}"
+
+
+SPLIT = "an operand of a sum gets channels of its own"
+STORED = "a constant is stored"
+GATHERED = "a shuffle becomes a gather"
+
+
+@dataclass(frozen=True)
 class Plan:
     """Who absorbs what and by which means, which channels stay, which groups merge.
 
@@ -80,6 +102,7 @@ class Plan:
             channel is to go.
         aligned: labels that nobody needs, but that stay to fill up blocks.
         mergers: new groups, and the order of channels in them.
+        prepared: what was done to the graph before.
     """
 
     facts: Facts
@@ -89,6 +112,7 @@ class Plan:
     alive: np.ndarray | None = None
     aligned: np.ndarray | None = None
     mergers: Mapping[Operator, Merger] = field(default_factory=dict)
+    prepared: Sequence[Preparation] = ()
 
     def steps(self) -> list[Step]:
         """What happens to each product, in execution order."""
