@@ -33,10 +33,10 @@ from onnx import ModelProto
 from onnx_simplify import pipeline
 from onnx_simplify.errors import CannotVerifyError
 from onnx_simplify.facts.facts import Facts
+from onnx_simplify.facts.sizes import settle
 from onnx_simplify.graph.edit import label
 from onnx_simplify.graph.load import ModelSource, load
 from onnx_simplify.graph.model import Model, fits_message
-from onnx_simplify.graph.shapes import infer
 from onnx_simplify.graph.store import check_writable, save
 from onnx_simplify.options import Options, as_names, check_positive, checked_target
 from onnx_simplify.passes.clean import clean
@@ -154,7 +154,7 @@ def fold_batchnorm(
     """
     working = _cleaned(model)
     if pairs is not None:
-        infer(working)
+        settle(working)
         pairs = check_pairs(working, pairs)
     _fold_batchnorm(working, pairs)
     return _finished(working)
@@ -325,12 +325,12 @@ def _cleaned(source: ModelSource, pinned: Collection[str] = ()) -> Model:
 
 def _finished(model: Model) -> ModelProto:
     """The model as a message that states the shapes it has now."""
-    infer(model)
+    settle(model)
     return model.to_proto()
 
 
 def _pairs(model: Model) -> list[tuple[str, str]]:
-    infer(model)
+    settle(model)
     return [(label(node), label(bn)) for node, bn, _ in foldable(model)]
 
 

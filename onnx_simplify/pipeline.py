@@ -37,7 +37,7 @@ _NOISE = 0.01
 # What is left out, in turn, where a result does not verify and there is such an operator. Folding
 # rounds weights once more, which neither half precision nor sums that all but cancel forgive;
 # onnxruntime's integer kernels do not take all constants.
-_CAUTION = (
+CAUTION: tuple[tuple[str, str, str], ...] = (
     ("BatchNormalization", "fold_batchnorm", "BatchNormalization left alone: folding it"),
     ("QuantizeLinear", "propagate_bias", "constants left alone: absorbing them"),
 )
@@ -80,7 +80,7 @@ def run(original: Model, options: Options) -> tuple[Model, Report]:
         model, report = task.carry_out(target)
     except VerificationError as error:
         operators = {n.op for n in original.graph.nodes}
-        for operator, left_out, note in _CAUTION:
+        for operator, left_out, note in CAUTION:
             if operator in operators and left_out not in options.skip:
                 skip = {*options.skip, left_out}
                 model, report = run(original, replace(options, skip=skip))

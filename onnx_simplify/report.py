@@ -12,11 +12,12 @@ import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.values import VARYING
 from onnx_simplify.facts.facts import Facts
+from onnx_simplify.facts.sizes import settle
 from onnx_simplify.graph.edit import label
 from onnx_simplify.graph.identity import NodeMap
 from onnx_simplify.graph.model import Model
 from onnx_simplify.graph.quantized import QuantizedConstant
-from onnx_simplify.graph.shapes import infer, static_shapes
+from onnx_simplify.graph.shapes import static_shapes
 from onnx_simplify.graph.store import serialized_size
 from onnx_simplify.operators import bind, contractions
 from onnx_simplify.operators.contraction import Contraction
@@ -195,7 +196,7 @@ def _macs(model: Model, shapes: Mapping[str, Sequence[int]]) -> dict[str, int] |
         clean(model)
         # Weights that are computed count, whether or not they are stored.
         fold_constants(model, at_any_size=True)
-    infer(model, shapes)
+    settle(model, shapes)
     if not all(_is_known(t) for n in model.graph.nodes for t in n.outputs):
         # Sizes are computed on the way: follow the computation for these inputs.
         clean(model)

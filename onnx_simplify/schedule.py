@@ -7,11 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from onnx_simplify.facts.facts import Facts
+from onnx_simplify.facts.sizes import settle
 from onnx_simplify.graph.edit import label
 from onnx_simplify.graph.identity import NodeMap, NodeSet
 from onnx_simplify.graph.message import nbytes_of
 from onnx_simplify.graph.model import Model
-from onnx_simplify.graph.shapes import infer, is_questionable
+from onnx_simplify.graph.shapes import is_questionable
 from onnx_simplify.options import Options
 from onnx_simplify.passes.absorb_gathers import absorb_gathers
 from onnx_simplify.passes.clean import clean
@@ -90,7 +91,7 @@ def start(model: Model, options: Options, feeds: Feeds | None) -> Start:
     clean(model)
     settle_sizes(model, feeds)
     if options.bn_folding is not None:
-        infer(model)
+        settle(model)
         check_pairs(model, options.bn_folding)
     return Start(model)
 
@@ -116,7 +117,7 @@ def ask(begun: Start, planner: Planner, options: Options, original: Model) -> Qu
     names = {t.name for node in original.graph.nodes for t in node.outputs}
     splitter = None if options.zeros_only else planner
     if options.folds and _copies(begun.model) > _LARGEST_COPY:
-        infer(begun.model)
+        settle(begun.model)
         gone = {n.outputs[0].name for n, _, behind in foldable(begun.model) if behind}
         facts = Facts(begun.model)
         narrow = [] if splitter is None else narrow_operands(facts, splitter)
@@ -178,6 +179,7 @@ def simplify_in_place(
             begun=known,
         )
         observe = known = None
+        evidence = None if evidence is None else evidence.afresh()
         step("removing channels")
         aligned = _aligned(plan)
         report.prepared += plan.prepared
@@ -185,7 +187,7 @@ def simplify_in_place(
         rewrite(plan)
         clean(model)
         if options.folds and any(n.op == "BatchNormalization" for n in model.graph.nodes):
-            infer(model)
+            settle(model)
             report.batchnorms_folded += fold_batchnorm(model, options.bn_folding)
         if present <= NodeSet(model.graph.nodes):
             break
@@ -195,7 +197,7 @@ def simplify_in_place(
     absorb_gathers(model, planner)
     reblock_maps(model, planner.profile)
     compress_maps(model)
-    infer(model)
+    settle(model)
     _conclude(before, layers(model), aligned)
 
 

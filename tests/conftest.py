@@ -14,7 +14,9 @@ import pytest
 from onnx import ModelProto
 
 from build import small_cnn
+from onnx_simplify.channels.layouts import Unsupported
 from onnx_simplify.cli import main
+from onnx_simplify.facts import sizes
 from onnx_simplify.isolation import isolated
 from onnx_simplify.planning import profiles
 
@@ -35,6 +37,12 @@ def processor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plan alike on every machine: keep channels where that is free, add maps elsewhere."""
     plain = profiles.Profile("generic", 4, 4, map_cost=1e-9, map_start_cost=1e-9, rearrange=False)
     monkeypatch.setattr(profiles, "detect", lambda: plain)
+
+
+@pytest.fixture(autouse=True)
+def strict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let rules about sizes that go wrong be seen; in use, they just know nothing."""
+    monkeypatch.setattr(sizes, "TOLERATED", (Unsupported,))
 
 
 @pytest.fixture(scope="session")

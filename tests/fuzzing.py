@@ -98,7 +98,7 @@ def _check(seed: int, multiple: int | None) -> Outcome:
     except Exception as error:
         return Outcome("crash", f"{type(error).__name__}: {error}")
     refusal = next((n for n in report.notes if "did not verify" in n), None)
-    if refusal and not refusal.startswith("BatchNormalization") and not half:
+    if refusal and not half and not _is_rounding(refusal):
         return Outcome("refused", refusal)
     try:
         onnx.checker.check_model(result, full_check=True)
@@ -120,6 +120,13 @@ def _check(seed: int, multiple: int | None) -> Outcome:
     ):
         return Outcome("unstable", f"{report.after} became {again.after}", removed)
     return Outcome("ok", f"relative error {worst:.1e}", removed)
+
+
+def _is_rounding(refusal: str) -> bool:
+    """Whether a first result was refused for so small a difference that it may be rounding."""
+    found = re.search(r"differs by ([0-9.e+-]+) of", refusal)
+    folding = refusal.startswith("BatchNormalization")
+    return folding and found is not None and float(found[1]) < 1e-2
 
 
 def behind_jumps(graph: onnx.GraphProto) -> set[str]:

@@ -66,7 +66,7 @@ def residual(
 
 def placements(model: ModelProto) -> int:
     """Convolutions that only put channels in their places."""
-    return sum(n.op_type == "Conv" and n.output[0].endswith("_wide") for n in model.graph.node)
+    return sum(n.op_type == "Conv" and "_wide" in n.output[0] for n in model.graph.node)
 
 
 @settings(max_examples=40, deadline=None)
@@ -80,6 +80,8 @@ def test_residual_networks_compute_the_same(seed, dynamic, groups, share):
     model = residual(seed, dynamic=dynamic, groups=groups, share=share)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(profiles, "detect", lambda: KEEN)
+        # What goes wrong must not be mended by a more cautious second attempt.
+        patch.setattr(pipeline, "CAUTION", ())
         result, _ = simplify(model)
         again, _ = simplify(result)
     feeds = random_feeds(model, n=3, h=7, w=8)

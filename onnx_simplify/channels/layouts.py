@@ -15,8 +15,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_simplify.graph.edit import consumers
+from onnx_simplify.graph.expressions import Dim
 from onnx_simplify.graph.model import Model
-from onnx_simplify.graph.shapes import Dim, is_unknown
 
 # A layout with more positions than this is not tracked: the arrays would cost more than they save.
 _LARGEST = 1 << 24
@@ -69,15 +69,6 @@ class Layouts:
         if layout is None or isinstance(tensor, gs.Constant):
             raise Unsupported(f"'{tensor.name}' has no channels to follow")
         return layout
-
-    def refine(self, tensor: gs.Tensor, shape: Sequence[Dim | None] | None) -> None:
-        """Replace sizes that shape inference left open by better ones."""
-        if shape is None or tensor.shape is None or len(shape) != len(tensor.shape):
-            return
-        tensor.shape = [
-            better if better is not None and is_unknown(known) else known
-            for known, better in zip(tensor.shape, shape, strict=True)
-        ]
 
     def require_where(self, node: gs.Node) -> None:
         """Make sure that computed sizes could be overwritten, see :class:`Cut`.

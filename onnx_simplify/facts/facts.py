@@ -17,9 +17,9 @@ import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.layouts import Layouts, Unsupported
 from onnx_simplify.channels.values import MAP, UNIFORM, VARYING, Constants
+from onnx_simplify.facts.sizes import settle
 from onnx_simplify.graph.edit import shares_weights
 from onnx_simplify.graph.model import Model
-from onnx_simplify.graph.shapes import infer
 from onnx_simplify.operators import Operator, bind
 from onnx_simplify.operators.contraction import Contraction
 from onnx_simplify.operators.nodes import is_computed
@@ -50,7 +50,7 @@ class Facts:
     def __init__(self, model: Model):
         """Infer shapes and follow all channels of a cleaned model."""
         self.model = model
-        infer(model)
+        settle(model)
         self.layouts = Layouts(model)
         self.operators: list[Operator] = []
         self.kept_names = model.kept_names
@@ -114,7 +114,6 @@ class Facts:
         if self.model.keep_shared and shares_weights(self.layouts.readers, node):
             op = Operator(node, reason="weights are shared")
         try:
-            self.layouts.refine(node.outputs[0], op.sizes(self.layouts))
             op.layout(self.layouts)
         except Unsupported as reason:
             op = Operator(node, reason=str(reason))

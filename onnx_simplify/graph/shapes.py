@@ -1,10 +1,11 @@
-"""Types and shapes of all tensors, by ONNX shape inference with data propagation."""
+"""What onnx infers of types and shapes, and which axes of a reshaped tensor belong together."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -12,20 +13,34 @@ import onnx.shape_inference
 import onnx_graphsurgeon as gs
 
 from onnx_simplify.errors import ModelError
+from onnx_simplify.graph.expressions import Dim, product, sample
 from onnx_simplify.graph.message import headless
 from onnx_simplify.graph.model import Model
 from onnx_simplify.graph.traits import DISPUTED
 
-Dim = int | str
-"""A static size, or the symbol of a dynamic one (unknown sizes have symbols of their own)."""
-
-
+# What symbols start with that stand for nothing, or are expressions.
+_RESERVED = ("?", "unk__", "=")
 EMPTY = ":empty"
 """End of the symbols of input dimensions that are declared as zero: free, most of the time."""
 
 
-def infer(model: Model, input_shapes: Mapping[str, Sequence[int]] | None = None) -> None:
-    """Set ``dtype`` and ``shape`` of every tensor of the graph, in place.
+@dataclass(frozen=True)
+class Inferred:
+    """What is inferred of one tensor.
+
+    Attributes:
+        dtype: the type of its elements, in onnx's numbers where numpy has none; None if unknown.
+        shape: its sizes; None if the rank is not known.
+    """
+
+    dtype: np.dtype | int | None
+    shape: list[Dim] | None
+
+
+def infer_all(
+    model: Model, input_shapes: Mapping[str, Sequence[int]] | None = None
+) -> dict[str, Inferred]:
+    """What onnx infers of inputs and inner tensors, by name.
 
     Args:
         model: the model.
@@ -34,34 +49,42 @@ def infer(model: Model, input_shapes: Mapping[str, Sequence[int]] | None = None)
     Raises:
         ModelError: the graph contradicts itself.
     """
-    inferred = _infer(model, input_shapes)
     unknown = 0
-    for tensor in model.graph.tensors().values():
-        if isinstance(tensor, gs.Constant):
-            continue
-        info = inferred.get(tensor.name)
-        if info is None or not info.HasField("tensor_type"):
-            tensor.shape = None
-            continue
-        kind = info.tensor_type
-        if kind.elem_type:
-            try:
-                tensor.dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
-            except KeyError:
-                tensor.dtype = kind.elem_type
-        if not kind.HasField("shape"):
-            tensor.shape = None
-            continue
-        shape: list[Dim] = []
-        for dim in kind.shape.dim:
-            if dim.HasField("dim_value"):
-                shape.append(dim.dim_value)
-            elif dim.dim_param:
-                shape.append(dim.dim_param)
-            else:
-                unknown += 1
-                shape.append(f"?{unknown}")
-        tensor.shape = shape
+
+    def symbol() -> str:
+        nonlocal unknown
+        unknown += 1
+        return f"?{unknown}:"
+
+    found = _infer(model, input_shapes)
+    return {name: shape_of(kind, symbol) for name, kind in found.items()}
+
+
+def shape_of(info: onnx.TypeProto, symbol: Callable[[], str]) -> Inferred:
+    """What a message says of a tensor.
+
+    Args:
+        info: the message.
+        symbol: makes symbols for sizes of which it says nothing.
+    """
+    if not info.HasField("tensor_type"):
+        return Inferred(None, None)
+    kind = info.tensor_type
+    dtype: np.dtype | int | None = None
+    if kind.elem_type:
+        try:
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
+        except KeyError:
+            dtype = kind.elem_type
+    if not kind.HasField("shape"):
+        return Inferred(dtype, None)
+    return Inferred(
+        dtype,
+        [
+            dim.dim_value if dim.HasField("dim_value") else dim.dim_param or symbol()
+            for dim in kind.shape.dim
+        ],
+    )
 
 
 def static_shapes(model: Model, input_shapes: Mapping[str, Sequence[int]]) -> dict:
@@ -98,7 +121,7 @@ def input_dims(info: onnx.ValueInfoProto) -> list[Dim]:
         name = dim.dim_param
         if dim.HasField("dim_value") and dim.dim_value > 0:
             found.append(dim.dim_value)
-        elif not name or name.startswith(("?", "unk__")) or names[name] > 1:
+        elif not name or name.startswith(_RESERVED) or names[name] > 1:
             declared = dim.HasField("dim_value") and dim.dim_value == 0
             found.append(f"{info.name}:{axis}{EMPTY if declared else ''}")
         else:
@@ -183,77 +206,47 @@ def _is_default(name: str, value: object) -> bool:
             return False
 
 
-class Extent:
-    """The size of a group of axes: a product of an integer and symbols."""
-
-    def __init__(self, dims: Sequence[Dim] = ()):
-        """The product of ``dims``."""
-        self.number = 1
-        self.symbols: Counter[str] = Counter()
-        for dim in dims:
-            self.multiply(dim)
-
-    def multiply(self, dim: Dim) -> None:
-        """Multiply by one more dimension, in place."""
-        if isinstance(dim, str):
-            self.symbols[dim] += 1
-        else:
-            self.number *= dim
-
-    def __eq__(self, other: object) -> bool:
-        """Whether both are the same product."""
-        return (
-            isinstance(other, Extent)
-            and self.number == other.number
-            and self.symbols == other.symbols
-        )
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def over(self, other: Extent) -> Dim | None:
-        """The quotient, if it is one dimension."""
-        rest = self.symbols - other.symbols
-        if other.symbols - self.symbols or not other.number or self.number % other.number:
-            return None
-        number = self.number // other.number
-        if not rest:
-            return number
-        if number == 1 and sum(rest.values()) == 1:
-            return next(iter(rest))
-        return None
+Blocks = list[tuple[range, range]]
+"""Axes before and after a reshape, block by block of equal size."""
 
 
-def matching_blocks(
-    source: Sequence[Dim], target: Sequence[Dim]
-) -> list[tuple[range, range]] | None:
+def matching_blocks(source: Sequence[Dim], target: Sequence[Dim]) -> Blocks | None:
     """Split two shapes with the same number of elements into the smallest blocks of equal size.
 
     Returns:
         Pairs of axis ranges, such as ``(range(1, 4), range(1, 2))`` for a flatten; None when the
-        shapes do not match.
+        shapes cannot be matched.
     """
+    found = _equal_products(source, target)
+    return _equal_ends(source, target) if found is None else found
+
+
+def _equal_products(source: Sequence[Dim], target: Sequence[Dim]) -> Blocks | None:
+    """Blocks whose sizes have provably equal products."""
     blocks = []
     i = j = 0
     while i < len(source) or j < len(target):
         start = i, j
-        left, right = Extent(), Extent()
+        left, right = 1, 1
         while True:
+            # The smaller product grows. Its factors are of one choice of symbols: wherever both
+            # are the same for every choice, they are so for this one.
             if i == start[0] and i < len(source):
-                left.multiply(source[i])
+                left *= sample(source[i])
                 i += 1
             elif j == start[1] and j < len(target):
-                right.multiply(target[j])
+                right *= sample(target[j])
                 j += 1
-            elif left == right:
+            elif left == right and _same(source[start[0] : i], target[start[1] : j]):
                 break
-            elif j < len(target) and (i >= len(source) or _smaller(right, left)):
-                right.multiply(target[j])
+            elif j < len(target) and (i >= len(source) or right < left):
+                right *= sample(target[j])
                 j += 1
             elif i < len(source):
-                left.multiply(source[i])
+                left *= sample(source[i])
                 i += 1
             elif j < len(target):
-                right.multiply(target[j])
+                right *= sample(target[j])
                 j += 1
             else:
                 return None
@@ -261,38 +254,45 @@ def matching_blocks(
     return blocks
 
 
-def _smaller(left: Extent, right: Extent) -> bool:
-    weight = (sum(left.symbols.values()), left.number)
-    return weight < (sum(right.symbols.values()), right.number)
+def _equal_ends(source: Sequence[Dim], target: Sequence[Dim]) -> Blocks | None:
+    """Blocks where some sizes are not known: what is left between equal ends is equal as well.
+
+    Both shapes have the same number of elements, so once equal factors, none of them zero, are
+    taken from the left and the right, so have the axes between, whatever their sizes are.
+    """
+    lead = 0
+    while lead < min(len(source), len(target)) and source[lead] == target[lead] != 0:
+        lead += 1
+    i, j = len(source), len(target)
+    ends = i, j
+    left = right = 1
+    while True:
+        before, after = source[i - 1] if i > lead else None, target[j - 1] if j > lead else None
+        if left <= right and isinstance(before, int) and before > 0:
+            left, i = left * before, i - 1
+        elif left >= right and isinstance(after, int) and after > 0:
+            right, j = right * after, j - 1
+        else:
+            break
+        if left == right:
+            ends = i, j
+    i, j = ends
+    last = _equal_products(source[i:], target[j:])
+    if last is None or (lead == 0 and (i, j) == (len(source), len(target))):
+        return None
+    blocks = [(range(k, k + 1), range(k, k + 1)) for k in range(lead)]
+    blocks.append((range(lead, i), range(lead, j)))
+    return blocks + [
+        (range(b.start + i, b.stop + i), range(a.start + j, a.stop + j)) for b, a in last
+    ]
+
+
+def _same(left: Sequence[Dim], right: Sequence[Dim]) -> bool:
+    """Whether two products are the same for every choice of symbols."""
+    first = product(left)
+    return first is not None and first == product(right)
 
 
 def is_unknown(dim: Dim) -> bool:
     """Whether a symbol stands for nothing but itself: inference left the size open."""
     return isinstance(dim, str) and dim.startswith(("?", "unk__"))
-
-
-def resolve(
-    source: Sequence[Dim], inferred: Sequence[Dim], request: Sequence[int] | None = None
-) -> list[Dim]:
-    """Output shape of a ``Reshape``, with sizes that inference did not find where possible.
-
-    Args:
-        source: the input's shape.
-        inferred: what shape inference found (symbols that start with ``?`` stand for nothing).
-        request: the target, where it is constant: 0 copies an input dimension, -1 is inferred.
-    """
-    shape = list(inferred)
-    for axis, size in enumerate(request or ()):
-        if size == 0 and axis < len(source):
-            shape[axis] = source[axis]
-        elif size > 0:
-            shape[axis] = int(size)
-    unknown = [a for a, d in enumerate(shape) if isinstance(d, str) and d not in source]
-    if request is not None and -1 in list(request):
-        unknown = [list(request).index(-1)]
-    if len(unknown) == 1:
-        rest = Extent([d for a, d in enumerate(shape) if a != unknown[0]])
-        whole = Extent(source).over(rest)
-        if whole is not None:
-            shape[unknown[0]] = whole
-    return shape

@@ -13,9 +13,9 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.layouts import Layouts, Unsupported
+from onnx_simplify.graph.expressions import Dim
 from onnx_simplify.graph.patterns import Patterns
-from onnx_simplify.graph.shapes import Dim
-from onnx_simplify.operators.interfaces import KnownFacts, Removal
+from onnx_simplify.operators.interfaces import KnownFacts, KnownSizes, Removal
 from onnx_simplify.operators.nodes import kind
 
 Masks = list[np.ndarray | None]
@@ -136,13 +136,17 @@ class Operator:
                 layouts.freeze(layout)
                 layouts.set(tensor, layout)
 
-    def sizes(self, layouts: Layouts) -> Sequence[Dim | None] | None:
-        """The first output's shape, where it follows from those of the inputs symbol by symbol.
+    def shapes(self, known: KnownSizes) -> Sequence[Sequence[Dim | None] | None]:
+        """The outputs' shapes, as far as they follow from those of the inputs.
 
-        Shape inference knows nothing of a dynamic size after a convolution, not even that it is
-        the same as before.
+        onnx's inference knows all standard operators, but not that a dynamic size after a
+        convolution is the same as before, or half of it. What is None is left to that.
         """
-        return None
+        return ()
+
+    def values(self, known: KnownSizes) -> Sequence[np.ndarray | None]:
+        """The integers in the outputs, where those are computed from sizes."""
+        return ()
 
     def level(self, facts: KnownFacts) -> Masks:
         """Level of constancy of each output (None: everything varies)."""

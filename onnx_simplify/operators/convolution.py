@@ -7,10 +7,10 @@ from functools import cached_property
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnx_simplify.channels.layouts import Layouts, Unsupported
-from onnx_simplify.graph.shapes import Dim
+from onnx_simplify.channels.layouts import Unsupported
+from onnx_simplify.graph.expressions import Dim, product, total
 from onnx_simplify.operators.contraction import Contraction, Wiring
-from onnx_simplify.operators.interfaces import KnownFacts
+from onnx_simplify.operators.interfaces import KnownFacts, KnownSizes
 from onnx_simplify.operators.nodes import (
     attr_ints,
     constant_shape,
@@ -47,12 +47,12 @@ class Convolution(Contraction):
         """Join the groups' outputs."""
         return weight.reshape(-1, *weight.shape[2:])
 
-    def sizes(self, layouts: Layouts) -> list[Dim | None] | None:
-        """Sizes stay where padding makes up for the window."""
-        source, weight = layouts.shape(self.inputs[0]), constant_shape(self.node, 1)
+    def shapes(self, known: KnownSizes) -> list[list[Dim | None]]:
+        """As many positions as the window has."""
+        source, weight = known.shape(self.inputs[0]), constant_shape(self.node, 1)
         if len(weight) != len(source):
-            return None
-        return [source[0], weight[0], *windowed(self.node, source[2:], weight[2:])]
+            return []
+        return [[source[0], weight[0], *windowed(self.node, source[2:], weight[2:])]]
 
     def spread_axes(self) -> list[int]:
         """Axes along which the window may reach over the border."""
@@ -134,6 +134,25 @@ class TransposedConvolution(Contraction):
         source = shapes[self.inputs[0].name]
         positions = int(np.prod(source)) // max(source[1], 1)
         return positions * int(np.prod(self.inputs[1].shape))
+
+    def shapes(self, known: KnownSizes) -> list[list[Dim | None]]:
+        """The window's positions, ``stride`` apart, as far as it reaches, less the padding."""
+        source, weight = known.shape(self.inputs[0]), constant_shape(self.node, 1)
+        rank = len(source) - 2
+        auto = self.attrs.get("auto_pad", "NOTSET") != "NOTSET"
+        if len(weight) != len(source) or auto or "output_shape" in self.attrs:
+            return []
+        strides, dilations, extra = (
+            attr_ints(self.node, name, [default] * rank)
+            for name, default in (("strides", 1), ("dilations", 1), ("output_padding", 0))
+        )
+        pads = attr_ints(self.node, "pads", [0] * 2 * rank)
+        sizes = []
+        for k, size in enumerate(source[2:]):
+            reach = dilations[k] * (weight[k + 2] - 1) + 1
+            more = reach - strides[k] + extra[k] - pads[k] - pads[k + rank]
+            sizes.append(total([product([size, strides[k]]), more]))
+        return [[source[0], weight[1] * int(self.attrs.get("group", 1)), *sizes]]
 
     def column_axis(self) -> int:
         """Inputs come first."""

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.layouts import Layouts, Unsupported
 from onnx_simplify.channels.values import UNIFORM, VARYING, reduce_to
-from onnx_simplify.graph.shapes import Dim
+from onnx_simplify.graph.expressions import (
+    Dim,
+    difference,
+    exact_quotient,
+    floor_quotient,
+    product,
+    total,
+)
 from onnx_simplify.operators.base import Masks, Operator
-from onnx_simplify.operators.interfaces import KnownFacts, Removal
+from onnx_simplify.operators.interfaces import KnownFacts, KnownSizes, Removal
 from onnx_simplify.operators.nodes import has_input
 
 NAMES = frozenset(
@@ -21,6 +29,79 @@ NAMES = frozenset(
     Mean Min Mish Mod Mul Neg Not Or PRelu Pow Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin
     Sinh Softplus Softsign Sqrt Sub Sum Swish Tan Tanh ThresholdedRelu Where Xor""".split()
 )
+
+
+Entry = Dim | bool | None
+"""An element of a vector of sizes: a number, a size, a truth, or not known."""
+
+
+def _divided(left: Entry, right: Entry) -> Entry:
+    """A quotient of sizes, which are positive: rounding down is rounding to zero."""
+    if left is None or not isinstance(right, int) or right < 1:
+        return None if left is None or right is None else exact_quotient([left], [right])
+    if isinstance(left, int):
+        return int(left / right) if abs(left) < 2**53 else None
+    return floor_quotient(left, right)
+
+
+def _remainder(left: Entry, right: Entry) -> Entry:
+    """What a division leaves; of what is divided without one, nothing."""
+    if isinstance(left, int) and isinstance(right, int) and left >= 0 and right > 0:
+        return left % right
+    whole = None if left is None or right is None else exact_quotient([left], [right])
+    return None if whole is None else 0
+
+
+def _equal(left: Entry, right: Entry) -> bool | None:
+    """Whether two entries are the same, if that can be said: sizes are positive."""
+    if left is None or right is None:
+        return None
+    if left == right:
+        return True
+    numbers = [v for v in (left, right) if isinstance(v, int)]
+    return False if len(numbers) == 2 or any(v < 1 for v in numbers) else None
+
+
+def _picked(condition: Entry, left: Entry, right: Entry) -> Entry:
+    """One of two."""
+    if isinstance(condition, (bool, int)):
+        return left if condition else right
+    return left if left == right else None
+
+
+def _largest(*operands: Entry) -> Entry:
+    """The largest: of a size and a number that is not positive, the size."""
+    rest = {v for v in operands if not (isinstance(v, int) and v < 1)} or set(operands[:1])
+    if None not in rest and all(isinstance(v, int) for v in rest):
+        return max(rest)  # type: ignore[type-var]
+    return rest.pop() if len(rest) == 1 else None
+
+
+def _smallest(*operands: Entry) -> Entry:
+    """The smallest, of numbers or of equals."""
+    if None not in operands and all(isinstance(v, int) for v in operands):
+        return min(operands)  # type: ignore[type-var]
+    return operands[0] if len(set(operands)) == 1 else None
+
+
+ARITHMETIC: dict[str, Callable[..., Entry]] = {
+    "Add": lambda left, right: total([left, right]),
+    "Sub": difference,
+    "Mul": lambda left, right: product([left, right]),
+    "Div": _divided,
+    "Mod": _remainder,
+    "Neg": lambda value: difference(0, value),
+    "Max": _largest,
+    "Min": _smallest,
+    "Equal": _equal,
+    "Not": lambda value: None if value is None else not value,
+    "Where": _picked,
+    "Identity": lambda value: value,
+    "Cast": lambda value: value,
+}
+"""What operators make of sizes, element by element."""
+
+_INTEGERS = (onnx.TensorProto.INT32, onnx.TensorProto.INT64)
 
 
 class Elementwise(Operator):
@@ -38,15 +119,27 @@ class Elementwise(Operator):
         """All operands."""
         return range(len(self.inputs))
 
-    def sizes(self, layouts: Layouts) -> list[Dim | None] | None:
+    def shapes(self, known: KnownSizes) -> list[list[Dim | None]]:
         """Where all operands that are not broadcast have the same size, the result has it too."""
-        shapes = [layouts.shape(t) for t in self.inputs if t.name]
+        shapes = [known.shape(t) for t in self.inputs if t.name]
         rank = max(len(s) for s in shapes)
         found: list[Dim | None] = []
         for axis in range(-rank, 0):
             dims = {s[axis] for s in shapes if len(s) >= -axis and s[axis] != 1} or {1}
             found.append(dims.pop() if len(dims) == 1 else None)
-        return found
+        return [found]
+
+    def values(self, known: KnownSizes) -> list[np.ndarray | None]:
+        """Arithmetic of sizes."""
+        rule = ARITHMETIC.get(self.node.op)
+        if rule is None or self.node.domain:
+            return []
+        operands = [known.values(t) for t in self.inputs if t.name]
+        if self.node.op == "Cast" and self.attrs.get("to") not in _INTEGERS:
+            return []
+        if not operands or any(o is None for o in operands):
+            return []
+        return [np.asarray(np.frompyfunc(rule, len(operands), 1)(*operands), object)]
 
     def layout(self, layouts: Layouts) -> None:
         """Equate the operands' ids where neither is broadcast."""

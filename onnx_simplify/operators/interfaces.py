@@ -12,7 +12,24 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.layouts import Layouts
+from onnx_simplify.graph.expressions import Dim
 from onnx_simplify.graph.model import Model
+
+
+class KnownSizes(Protocol):
+    """Sizes as rules see them, see :class:`onnx_simplify.facts.sizes.Sizes`."""
+
+    def shape(self, tensor: gs.Tensor) -> list[Dim]:
+        """The tensor's sizes.
+
+        Raises:
+            Unsupported: its rank is not known.
+        """
+        ...
+
+    def values(self, tensor: gs.Tensor) -> np.ndarray | None:
+        """The integers in a small tensor, as an array of numbers, sizes and None."""
+        ...
 
 
 class KnownFacts(Protocol):

@@ -14,9 +14,10 @@ import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.layouts import Layouts, Unsupported
 from onnx_simplify.channels.values import MAP, UNIFORM, VARYING, min_to
-from onnx_simplify.graph.shapes import Dim, matching_blocks, resolve
+from onnx_simplify.graph.expressions import Dim, exact_quotient, floor_quotient, product
+from onnx_simplify.graph.shapes import matching_blocks
 from onnx_simplify.operators.base import Masks, Operator
-from onnx_simplify.operators.interfaces import KnownFacts, Removal
+from onnx_simplify.operators.interfaces import KnownFacts, KnownSizes, Removal
 from onnx_simplify.operators.nodes import (
     attr_ints,
     constant_input,
@@ -27,6 +28,8 @@ from onnx_simplify.operators.nodes import (
 
 # Stands for an element that comes from no input (padding).
 NEW = -1
+# Longer vectors are not shapes.
+_LONGEST = 64
 
 
 class Movement(Operator):
@@ -132,23 +135,47 @@ class Reshape(Movement):
 
     reorders = True
 
-    def target(self, layouts: Layouts) -> list[Dim]:
-        """The output's symbolic shape."""
-        source = layouts.shape(self.inputs[0])
-        values = constant_input(self.node, 1) if self.node.op == "Reshape" else None
-        known = values is not None and not self.attrs.get("allowzero", 0)
-        request = [int(v) for v in values] if values is not None and known else None
-        return resolve(source, layouts.shape(self.outputs[0]), request)
+    def shapes(self, known: KnownSizes) -> list[list[Dim | None]]:
+        """The target: zero copies a size, and -1, or one that is not known, is what is left."""
+        source = known.shape(self.inputs[0])
+        if self.node.op == "Flatten":
+            axis = int(self.attrs.get("axis", 1))
+            axis += len(source) if axis < 0 else 0
+            return [[product(source[:axis]), product(source[axis:])]]
+        request = known.values(self.inputs[1])
+        if request is None or request.ndim != 1:
+            return []
+        copies = not self.attrs.get("allowzero", 0)
+        target: list[Dim | None] = []
+        for axis, size in enumerate(request):
+            if size == 0 and copies:
+                target.append(source[axis] if axis < len(source) else None)
+            else:
+                target.append(None if size == -1 else size)
+        if target.count(None) == 1:
+            rest = [size for size in target if size is not None]
+            target[target.index(None)] = exact_quotient(source, rest)
+        return [target]
+
+    def values(self, known: KnownSizes) -> list[np.ndarray | None]:
+        """The same integers."""
+        values = known.values(self.inputs[0])
+        if values is None:
+            return []
+        (shape,) = self.shapes(known) or ([None],)
+        sizes = [size for size in shape if isinstance(size, int)]
+        fits = len(sizes) == len(shape) and np.prod(sizes) == values.size
+        return [values.reshape(sizes)] if fits else []
 
     def blocks(self, layouts: Layouts) -> list[tuple[range, range]] | None:
         """As the sizes tell."""
-        return matching_blocks(layouts.shape(self.inputs[0]), self.target(layouts))
+        return matching_blocks(*(layouts.shape(t) for t in (self.inputs[0], self.outputs[0])))
 
     def move(self, layouts: Layouts, arrays: list[np.ndarray]) -> list[np.ndarray]:
         """Reshape block by block: axes of a block without tracked axes stay untracked."""
         if self.node.op == "Reshape" and not isinstance(self.inputs[1], gs.Constant):
             layouts.require_where(self.node)
-        source, target = layouts.shape(self.inputs[0]), self.target(layouts)
+        source, target = (layouts.shape(t) for t in (self.inputs[0], self.outputs[0]))
         if 0 in source or 0 in target:
             raise Unsupported("an empty tensor")
         blocks = self.blocks(layouts)
@@ -177,7 +204,7 @@ class Reshape(Movement):
         sizes = {axis: int(mask.sum()) for axis, mask in kept.items()}
         request = constant_input(self.node, 1)
         if request is not None and not self.attrs.get("allowzero", 0):
-            for axis, size in enumerate(self.target(cut.facts.layouts)):
+            for axis, size in enumerate(cut.facts.shape(self.outputs[0])):
                 if request[axis] == 0 and isinstance(size, int):
                     sizes.setdefault(axis, size)
         cut.set_entries(self.node, 1, sizes)
@@ -199,6 +226,16 @@ class Squeeze(Movement):
 
     reorders = True
 
+    def values(self, known: KnownSizes) -> list[np.ndarray | None]:
+        """The same integers."""
+        values, axes = known.values(self.inputs[0]), constant_ints(self.node, 1, "axes")
+        if values is None:
+            return []
+        if self.node.op == "Unsqueeze":
+            return [] if axes is None else [np.expand_dims(values, tuple(axes))]
+        single = axes is None or all(values.shape[a] == 1 for a in axes)
+        return [values.squeeze(None if axes is None else tuple(axes))] if single else []
+
     def move(self, layouts: Layouts, arrays: list[np.ndarray]) -> list[np.ndarray]:
         """Drop or add axes."""
         array = arrays[0]
@@ -218,6 +255,28 @@ class Squeeze(Movement):
 
 class Expand(Movement):
     """``Expand``: repeats along axes of size one."""
+
+    def shapes(self, known: KnownSizes) -> list[list[Dim | None]]:
+        """Both broadcast against each other."""
+        source, request = known.shape(self.inputs[0]), known.values(self.inputs[1])
+        if request is None or request.ndim != 1:
+            return []
+        rank = max(len(source), request.size)
+        pairs = zip(
+            [1] * (rank - len(source)) + source,
+            [1] * (rank - request.size) + list(request),
+            strict=True,
+        )
+        return [[a if b in (1, a) else b if a == 1 else None for a, b in pairs]]
+
+    def values(self, known: KnownSizes) -> list[np.ndarray | None]:
+        """The integers, repeated."""
+        values = known.values(self.inputs[0])
+        (shape,) = self.shapes(known) or ([None],)
+        sizes = [size for size in shape if isinstance(size, int)]
+        if values is None or len(sizes) < len(shape) or np.prod(sizes) > _LONGEST:
+            return []
+        return [np.broadcast_to(values, sizes)]
 
     def move(self, layouts: Layouts, arrays: list[np.ndarray]) -> list[np.ndarray]:
         """Add leading axes; repeated axes are untracked."""
@@ -249,6 +308,14 @@ def _length(node: gs.Node, index: int, cut: Removal) -> int:
 class Tile(Movement):
     """``Tile`` (https://onnx.ai/onnx/operators/onnx__Tile.html)."""
 
+    def shapes(self, known: KnownSizes) -> list[list[Dim | None]]:
+        """Products."""
+        source = known.shape(self.inputs[0])
+        repeats = known.values(self.inputs[1]) if len(self.inputs) == 2 else None
+        if repeats is None or repeats.shape != (len(source),):
+            return []
+        return [[product(pair) for pair in zip(source, repeats, strict=True)]]
+
     def move(self, layouts: Layouts, arrays: list[np.ndarray]) -> list[np.ndarray]:
         """Repeat tracked axes."""
         repeats = constant_ints(self.node, 1, "repeats")
@@ -266,6 +333,13 @@ class SpaceToDepth(Movement):
     https://onnx.ai/onnx/operators/onnx__SpaceToDepth.html
     """
 
+    def shapes(self, known: KnownSizes) -> list[list[Dim | None]]:
+        """Blocks become channels."""
+        batch, channels, *space = known.shape(self.inputs[0])
+        size = int(self.attrs["blocksize"])
+        smaller = [exact_quotient([s], [size]) or floor_quotient(s, size) for s in space]
+        return [[batch, product([channels, size * size]), *smaller]]
+
     def move(self, layouts: Layouts, arrays: list[np.ndarray]) -> list[np.ndarray]:
         """Repeat the channels."""
         array = arrays[0]
@@ -281,6 +355,13 @@ class DepthToSpace(Operator):
 
     https://onnx.ai/onnx/operators/onnx__DepthToSpace.html
     """
+
+    def shapes(self, known: KnownSizes) -> list[list[Dim | None]]:
+        """Channels become blocks."""
+        batch, channels, *space = known.shape(self.inputs[0])
+        size = int(self.attrs["blocksize"])
+        larger = [product([s, size]) for s in space]
+        return [[batch, exact_quotient([channels], [size * size]), *larger]]
 
     def _grouped(self, array: np.ndarray) -> np.ndarray:
         """Channels as ``(channel of the output, its parts)``."""

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.layouts import Unsupported
-from onnx_simplify.graph.shapes import Dim
+from onnx_simplify.graph.expressions import Dim, ceil_quotient, floor_quotient, total
 
 
 def kind(node: gs.Node) -> str:
@@ -72,18 +72,23 @@ def is_static(shape: list[Dim], axes: list[int] | range | None = None) -> bool:
 
 
 def windowed(node: gs.Node, sizes: list[Dim], kernel: list[int]) -> list[Dim | None]:
-    """Sizes after a sliding window, where they are those before; None elsewhere."""
+    """The number of places of a sliding window; None where it is not known.
+
+    floor((size + padding - reach) / stride) + 1, where the window reaches over
+    ``dilation * (kernel - 1) + 1`` elements; with automatic padding, ceil(size / stride).
+    """
     rank = len(sizes)
     pads = attr_ints(node, "pads", [0] * 2 * rank)
     strides = attr_ints(node, "strides", [1] * rank)
     dilations = attr_ints(node, "dilations", [1] * rank)
-    if node.attrs.get("auto_pad", "NOTSET") != "NOTSET" or not (
-        len(kernel) == len(strides) == len(dilations) == rank == len(pads) // 2
-    ):
+    if not len(kernel) == len(strides) == len(dilations) == rank == len(pads) // 2:
         return [None] * rank
-    return [
-        size
-        if strides[k] == 1 and pads[k] + pads[k + rank] == dilations[k] * (kernel[k] - 1)
-        else None
-        for k, size in enumerate(sizes)
-    ]
+    auto = node.attrs.get("auto_pad", "NOTSET")
+    if auto in ("SAME_UPPER", "SAME_LOWER"):
+        return [ceil_quotient(size, stride) for size, stride in zip(sizes, strides, strict=True)]
+    found = []
+    for k, size in enumerate(sizes):
+        padding = 0 if auto == "VALID" else pads[k] + pads[k + rank]
+        room = total([size, padding - dilations[k] * (kernel[k] - 1) - 1])
+        found.append(total([floor_quotient(room, strides[k]), 1]))
+    return found

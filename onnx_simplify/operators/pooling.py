@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from fractions import Fraction
 
 import numpy as np
 
 from onnx_simplify.channels.layouts import Layouts, Unsupported
 from onnx_simplify.channels.values import MAP, UNIFORM, VARYING, min_to
-from onnx_simplify.graph.shapes import Dim
+from onnx_simplify.graph.expressions import Dim, floor_quotient, product, total
 from onnx_simplify.operators.base import Masks, Operator
-from onnx_simplify.operators.interfaces import KnownFacts, Removal
+from onnx_simplify.operators.interfaces import KnownFacts, KnownSizes, Removal
 from onnx_simplify.operators.nodes import (
     attr_ints,
     constant_input,
@@ -123,11 +124,13 @@ class GlobalPool(Spatial):
 class Window(Spatial):
     """Pooling over a sliding window."""
 
-    def sizes(self, layouts: Layouts) -> list[Dim | None] | None:
-        """Sizes stay where padding makes up for the window."""
-        source = layouts.shape(self.inputs[0])
+    def shapes(self, known: KnownSizes) -> list[list[Dim | None]]:
+        """As many positions as the window has."""
+        source = known.shape(self.inputs[0])
         kernel = attr_ints(self.node, "kernel_shape", [])
-        return [*source[:2], *windowed(self.node, source[2:], kernel)]
+        if self.attrs.get("ceil_mode", 0):
+            return [[*source[:2], *[None] * len(source[2:])]]
+        return [[*source[:2], *windowed(self.node, source[2:], kernel)]]
 
 
 class MaxPool(Window):
@@ -155,6 +158,21 @@ class Resize(Spatial):
 
     https://onnx.ai/onnx/operators/onnx__Resize.html
     """
+
+    def shapes(self, known: KnownSizes) -> list[list[Dim | None]]:
+        """Sizes that are listed, or products with the scales, rounded down."""
+        source = known.shape(self.inputs[0])
+        if "axes" in self.attrs or self._crops():
+            return []
+        if has_input(self.node, 3):
+            listed = known.values(self.inputs[3])
+            stretch = self.attrs.get("keep_aspect_ratio_policy", "stretch") == "stretch"
+            return [] if listed is None or not stretch else [list(listed)]
+        index = 2 if len(self.inputs) > 2 else 1
+        scales = constant_input(self.node, index)
+        if scales is None or scales.size != len(source):
+            return []
+        return [[_scaled(size, float(scale)) for size, scale in zip(source, scales, strict=True)]]
 
     def layout(self, layouts: Layouts) -> None:
         """The channel axis must keep its size."""
@@ -197,6 +215,16 @@ class Resize(Spatial):
             cut.set_entries(self.node, 3, {1: int(kept[1].sum())})
 
 
+def _scaled(size: Dim, scale: float) -> Dim | None:
+    """A size times a scale, rounded down, as float32 gives it for scales that are exact in it."""
+    if isinstance(size, int):
+        return None
+    exact = Fraction(scale)
+    if exact.denominator > 64 or exact.numerator > 64 or exact <= 0:
+        return None
+    return floor_quotient(product([size, exact.numerator]), exact.denominator)
+
+
 class Pad(Operator):
     """``Pad`` with known amounts (https://onnx.ai/onnx/operators/onnx__Pad.html)."""
 
@@ -206,13 +234,18 @@ class Pad(Operator):
         """The value; amounts are constant, or the rules do not apply."""
         return (0, 2)
 
-    def amounts(self, layouts: Layouts) -> list[tuple[int, int]]:
-        """(before, after) by axis.
+    def shapes(self, known: KnownSizes) -> list[list[Dim | None]]:
+        """What is there, before and behind."""
+        source = known.shape(self.inputs[0])
+        pairs = self.amounts(len(source))
+        return [[total([size, *pair]) for size, pair in zip(source, pairs, strict=True)]]
+
+    def amounts(self, rank: int) -> list[tuple[int, int]]:
+        """(before, after) by axis of a tensor of this rank.
 
         Raises:
             Unsupported: they are computed.
         """
-        rank = len(layouts.shape(self.inputs[0]))
         pads = constant_ints(self.node, 1, "pads")
         given = constant_ints(self.node, 3, "axes")
         axes = list(range(rank)) if given is None else [a % rank for a in given]
@@ -226,7 +259,7 @@ class Pad(Operator):
     def layout(self, layouts: Layouts) -> None:
         """Channels pass through; a padded channel axis gets new ones, never removed."""
         source = layouts(self.inputs[0])
-        amounts = self.amounts(layouts)
+        amounts = self.amounts(source.ndim)
         tracked = [a for a, s in enumerate(source.shape) if s > 1]
         width = [amounts[a] if a in tracked else (0, 0) for a in range(source.ndim)]
         if any(v < 0 for pair in width for v in pair):
@@ -247,7 +280,7 @@ class Pad(Operator):
         source = self.inputs[0]
         level = facts.level[source.name]
         shape = facts.layouts.of[self.outputs[0].name].shape
-        amounts = self.amounts(facts.layouts)
+        amounts = self.amounts(level.ndim)
         axes = [a for a, s in enumerate(level.shape) if s == 1 and amounts[a] != (0, 0)]
         known = not is_computed(self.node, 2)
         if not known and axes:
@@ -272,7 +305,7 @@ class Pad(Operator):
         assert wanted is not None
         source = self.inputs[0]
         shape = facts.layouts.of[source.name].shape
-        amounts = self.amounts(facts.layouts)
+        amounts = self.amounts(len(shape))
         if wanted.shape != shape:
             wanted = wanted[
                 tuple(
@@ -307,6 +340,17 @@ class Reduce(Operator):
         if not axes:
             return [] if self.attrs.get("noop_with_empty_axes", 0) else list(range(rank))
         return [a % rank for a in axes]
+
+    def values(self, known: KnownSizes) -> list[np.ndarray | None]:
+        """The number of elements of a shape."""
+        values = known.values(self.inputs[0])
+        if self.node.op not in ("ReduceProd", "ReduceSum") or values is None or values.ndim != 1:
+            return []
+        rule = product if self.node.op == "ReduceProd" else total
+        rank = int(self.attrs.get("keepdims", 1))
+        if constant_ints(self.node, 1, "axes") in (None, [0], [-1]) and values.size:
+            return [np.array(rule(values), object).reshape([1] * rank)]
+        return []
 
     def layout(self, layouts: Layouts) -> None:
         """Reduced axes disappear or have size one."""

@@ -7,9 +7,9 @@ import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.layouts import Layouts, Unsupported
 from onnx_simplify.channels.values import MAP
-from onnx_simplify.graph.shapes import Dim
+from onnx_simplify.graph.expressions import Dim
 from onnx_simplify.operators.base import Masks, Operator
-from onnx_simplify.operators.interfaces import KnownFacts, Removal
+from onnx_simplify.operators.interfaces import KnownFacts, KnownSizes, Removal
 
 
 class Quantization(Operator):
@@ -21,9 +21,9 @@ class Quantization(Operator):
 
     reorders = True
 
-    def sizes(self, layouts: Layouts) -> list[Dim | None] | None:
+    def shapes(self, known: KnownSizes) -> list[list[Dim]]:
         """As before."""
-        return list(layouts.shape(self.inputs[0]))
+        return [known.shape(self.inputs[0])]
 
     def axis(self, rank: int) -> int | None:
         """The axis along which scales differ; None if there is one scale for all."""

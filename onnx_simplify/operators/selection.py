@@ -8,9 +8,10 @@ import numpy as np
 
 from onnx_simplify.channels.layouts import Layouts, Unsupported
 from onnx_simplify.channels.values import MAP, UNIFORM, VARYING, reduce_to
-from onnx_simplify.graph.shapes import Dim
+from onnx_simplify.graph.expressions import Dim, ceil_quotient, exact_quotient, total
+from onnx_simplify.graph.shapes import is_unknown
 from onnx_simplify.operators.base import Masks
-from onnx_simplify.operators.interfaces import KnownFacts, Removal
+from onnx_simplify.operators.interfaces import KnownFacts, KnownSizes, Removal
 from onnx_simplify.operators.movement import Movement, repeated
 from onnx_simplify.operators.nodes import (
     constant_input,
@@ -18,6 +19,14 @@ from onnx_simplify.operators.nodes import (
     is_computed,
     is_static,
 )
+
+# Longer vectors are not shapes.
+_LONGEST = 64
+
+
+def _rank(size: Dim) -> int:
+    """How little a size says."""
+    return 0 if isinstance(size, int) else 2 if is_unknown(size) else 1
 
 
 class Concat(Movement):
@@ -45,6 +54,28 @@ class Concat(Movement):
             np.broadcast_to(p, common[:axis] + (p.shape[axis],) + common[axis + 1 :]) for p in parts
         ]
         return np.concatenate(parts, axis)
+
+    def shapes(self, known: KnownSizes) -> list[list[Dim | None]]:
+        """The sum along the axis; elsewhere all have the same size."""
+        parts = [known.shape(t) for t in self.inputs]
+        axis = self.joins % len(parts[0])
+        # The one that says most: numbers first.
+        found: list[Dim | None] = [min(s, key=_rank) for s in zip(*parts, strict=True)]
+        found[axis] = total(part[axis] for part in parts)
+        return [found]
+
+    def values(self, known: KnownSizes) -> list[np.ndarray | None]:
+        """One vector behind the other; of what is not followed, only the length is known."""
+        found = [known.values(t) for t in self.inputs]
+        if all(values is None for values in found):
+            return []
+        parts = []
+        for tensor, values in zip(self.inputs, found, strict=True):
+            shape = known.shape(tensor)
+            if len(shape) != 1 or not isinstance(shape[0], int) or shape[0] > _LONGEST:
+                return []
+            parts.append(np.full(shape[0], None, object) if values is None else values)
+        return [np.concatenate(parts)]
 
     def move(self, layouts: Layouts, arrays: list[np.ndarray]) -> list[np.ndarray]:
         """Concatenate along a tracked axis."""
@@ -105,6 +136,26 @@ class Split(Movement):
             return list(given)
         return [layouts.shape(t)[axis] for t in self.outputs]
 
+    def shapes(self, known: KnownSizes) -> list[list[Dim | None] | None]:
+        """The sizes that are listed, or equal ones if there are any."""
+        source = known.shape(self.inputs[0])
+        axis = self.attrs.get("axis", 0) % len(source)
+        pieces: list[Dim | None] | None = self.attrs.get("split")
+        if len(self.inputs) > 1 and self.inputs[1].name:
+            listed = known.values(self.inputs[1])
+            pieces = [None] * len(self.outputs) if listed is None else list(listed)
+        elif pieces is None:
+            pieces = [exact_quotient([source[axis]], [len(self.outputs)])] * len(self.outputs)
+        return [[*source[:axis], size, *source[axis + 1 :]] for size in pieces]
+
+    def values(self, known: KnownSizes) -> list[np.ndarray | None]:
+        """The integers, part by part."""
+        values = known.values(self.inputs[0])
+        sizes = [s[0] for s in self.shapes(known) if s and isinstance(s[0], int)]
+        if values is None or values.ndim != 1 or len(sizes) < len(self.outputs):
+            return []
+        return [*np.split(values, np.cumsum(sizes)[:-1].astype(int))]
+
     def picks(self, layouts: Layouts) -> Collection[int]:
         """The axis that is split."""
         return (self.attrs.get("axis", 0) % len(layouts.shape(self.inputs[0])),)
@@ -156,6 +207,32 @@ class Slice(Movement):
         axes = constant_ints(self.node, 3, "axes") or list(range(len(starts)))
         steps = constant_ints(self.node, 4, "steps") or [1] * len(starts)
         return {a % rank: b for a, *b in zip(axes, starts, ends, steps, strict=True)}  # type: ignore[misc]
+
+    def shapes(self, known: KnownSizes) -> list[list[Dim | None]]:
+        """What is left, of sizes that are known and of others where that is a matter of course."""
+        sizes: list[Dim | None] = list(known.shape(self.inputs[0]))
+        bounds = self.bounds(len(sizes))
+        if bounds is None:
+            return []
+        for axis, bound in bounds.items():
+            size = sizes[axis]
+            if isinstance(size, int):
+                sizes[axis] = self.index(bound, size).size
+            else:
+                sizes[axis] = _sliced(size, *bound)
+        return [sizes]
+
+    def values(self, known: KnownSizes) -> list[np.ndarray | None]:
+        """The integers within the bounds."""
+        values = known.values(self.inputs[0])
+        if values is None or values.ndim != 1:
+            return []
+        # There is only one axis, whether or not it is computed which.
+        starts, ends = constant_ints(self.node, 1, "starts"), constant_ints(self.node, 2, "ends")
+        steps = constant_ints(self.node, 4, "steps") or [1]
+        if starts is None or ends is None:
+            return []
+        return [values[self.index((starts[0], ends[0], steps[0]), values.size)]]
 
     def index(self, bound: tuple[int, int, int], size: int) -> np.ndarray:
         """The positions taken from an axis of the given size."""
@@ -216,6 +293,19 @@ class Slice(Movement):
             self.node.attrs |= {"starts": columns[0], "ends": columns[1], "axes": axes}
 
 
+def _sliced(size: Dim | None, start: int, end: int, step: int) -> Dim | None:
+    """The size of a slice of a dynamic axis that is long enough not to end before it begins."""
+    if step == -1 and start in (-1, _LAST) and end < -(2**31) + 2:
+        return size
+    if step < 1 or start < 0 or 0 <= end < 2**31 - 1:
+        return None
+    # All of it, from the start on, up to the end or so many before it.
+    return ceil_quotient(total([size, -start, end if end < 0 else 0]), step)
+
+
+_LAST = 2**31 - 1
+
+
 class Gather(Movement):
     """``Gather`` with constant indices along a tracked axis.
 
@@ -233,6 +323,15 @@ class Gather(Movement):
         if values is None or values.ndim > 1 or not isinstance(size, int) or values.size == 0:
             raise Unsupported("indices are not a constant vector")
         return np.where(values < 0, values + size, values)
+
+    def values(self, known: KnownSizes) -> list[np.ndarray | None]:
+        """The integers at these places."""
+        values, indices = known.values(self.inputs[0]), known.values(self.inputs[1])
+        if values is None or values.ndim != 1 or indices is None:
+            return []
+        if not all(isinstance(k, int) and -values.size <= k < values.size for k in indices.ravel()):
+            return []
+        return [np.asarray(values[indices.astype(np.int64)], object)]
 
     def picks(self, layouts: Layouts) -> Collection[int]:
         """The axis, if indices are constant."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from onnx_simplify.channels.layouts import Layouts
+import numpy as np
+
+from onnx_simplify.channels.layouts import Layouts, Unsupported
+from onnx_simplify.graph.expressions import Dim, product
 from onnx_simplify.operators.base import Masks, Operator
-from onnx_simplify.operators.interfaces import KnownFacts, Removal
+from onnx_simplify.operators.interfaces import KnownFacts, KnownSizes, Removal
 
 
 class Shape(Operator):
@@ -15,6 +18,12 @@ class Shape(Operator):
     """
 
     reorders = True
+
+    def values(self, known: KnownSizes) -> list[np.ndarray | None]:
+        """The sizes."""
+        shape = known.shape(self.inputs[0])
+        start, end = int(self.attrs.get("start", 0)), self.attrs.get("end")
+        return [np.array(shape, object)[start:end]]
 
     def layout(self, layouts: Layouts) -> None:
         """The input's channels are free to go; the output is an ordinary vector."""
@@ -40,3 +49,49 @@ class Shape(Operator):
         }
         if entries:
             cut.override_output(self.node, entries)
+
+
+class Size(Operator):
+    """``Size``: how many elements there are (https://onnx.ai/onnx/operators/onnx__Size.html)."""
+
+    def values(self, known: KnownSizes) -> list[np.ndarray | None]:
+        """The product of the sizes."""
+        return [np.array(product(known.shape(self.inputs[0])), object)]
+
+    def layout(self, layouts: Layouts) -> None:
+        """Nobody may change the number.
+
+        Raises:
+            Unsupported: always.
+        """
+        raise Unsupported("counts elements")
+
+
+class ConstantOfShape(Operator):
+    """``ConstantOfShape``: a size for every element.
+
+    https://onnx.ai/onnx/operators/onnx__ConstantOfShape.html
+    """
+
+    def shapes(self, known: KnownSizes) -> list[list[Dim | None]]:
+        """What is asked for."""
+        request = known.values(self.inputs[0])
+        return [] if request is None or request.ndim != 1 else [list(request)]
+
+    def values(self, known: KnownSizes) -> list[np.ndarray | None]:
+        """Equal integers."""
+        (shape,) = self.shapes(known) or ([None],)
+        value = self.attrs.get("value")
+        array = np.zeros(1) if value is None else np.asarray(getattr(value, "values", value))
+        sizes = [s for s in shape if isinstance(s, int) and s < 64]
+        if array.dtype.kind != "i" or len(sizes) < len(shape):
+            return []
+        return [np.full(sizes, int(array.ravel()[0]), object)]
+
+    def layout(self, layouts: Layouts) -> None:
+        """Made in place.
+
+        Raises:
+            Unsupported: always.
+        """
+        raise Unsupported("makes a tensor of a size that is computed")

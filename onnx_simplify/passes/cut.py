@@ -52,6 +52,25 @@ class Cut:
                 tensor.shape[axis] = int(mask.sum())
         self._editor.finish()
 
+    def rename_moved(self) -> None:
+        """Give tensors whose channels have another order new names, in place.
+
+        A name means a value: what is known of the original's tensor is not true of these.
+        """
+        for tensor in self.model.graph.tensors().values():
+            name = tensor.name
+            moved = self._moved(name)
+            if moved:
+                tensor.name = self.model.unique(f"{name}_moved")
+                self.model.aliases.pop(name, None)
+
+    def _moved(self, name: str) -> bool:
+        """Whether the channels of a tensor that was there before come in another order."""
+        layout = self.facts.layouts.of.get(name)
+        if layout is None or not self._rank[layout].any():
+            return False
+        return bool((np.diff(self.stay(layout.ravel())) < 0).any())
+
     def grouping(self, product: object) -> Merger | None:
         """New groups of a convolution, if it gets any."""
         return self.mergers.get(product) if isinstance(product, Operator) else None

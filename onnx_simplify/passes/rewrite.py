@@ -65,6 +65,8 @@ def rewrite(plan: Plan) -> None:
         if cut is None or not facts.is_gone(addend.product, cut.alive):
             _add(editor, facts, addend, cut)
     editor.finish()
+    if cut is not None:
+        cut.rename_moved()
     drop_unused(model)
 
 

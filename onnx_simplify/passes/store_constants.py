@@ -12,7 +12,7 @@ import onnx_graphsurgeon as gs
 from onnx_simplify.channels.values import VARYING
 from onnx_simplify.facts.facts import Facts
 from onnx_simplify.graph.edit import Editor, label
-from onnx_simplify.graph.shapes import Dim
+from onnx_simplify.graph.expressions import Dim
 
 # Larger arrays are computed at run time rather than stored.
 _LARGEST_CONSTANT = 1 << 24

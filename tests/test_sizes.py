@@ -1,0 +1,98 @@
+"""Sizes that are not known: arithmetic, what operators make of them, and what becomes of graphs."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from onnx_simplify.graph import expressions
+from onnx_simplify.graph.expressions import (
+    ceil_quotient,
+    difference,
+    evaluate,
+    exact_quotient,
+    floor_quotient,
+    product,
+    total,
+)
+
+SYMBOLS = ("h", "w", "n", "h + 1", "floor((h + 1)/2)", "'n'")
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["add", "take", "times", "floor", "ceil"]),
+        st.one_of(
+            st.integers(-9, 9), st.sampled_from(SYMBOLS), st.integers(0, 9).map(lambda k: [k])
+        ),
+        st.integers(1, 12),
+    ),
+    max_size=9,
+)
+VALUES = st.fixed_dictionaries({symbol: st.integers(1, 60) for symbol in SYMBOLS})
+
+
+@settings(max_examples=400, deadline=None)
+@given(STEPS, st.lists(VALUES, min_size=1, max_size=4))
+def test_arithmetic_is_exact(steps, choices):
+    """Every size has the value that plain integers give, and equal texts have equal values."""
+    known = [("h", lambda v: v["h"])]
+    for kind, operand, number in steps:
+        dim, value = known[-1]
+        if isinstance(operand, list):
+            other, of = known[operand[0] % len(known)]
+        else:
+            other = operand
+            of = (lambda v, k=operand: v[k]) if isinstance(operand, str) else lambda v, k=operand: k
+        made, result = {
+            "add": (total([dim, other]), lambda v, a=value, b=of: a(v) + b(v)),
+            "take": (difference(dim, other), lambda v, a=value, b=of: a(v) - b(v)),
+            "times": (product([dim, other]), lambda v, a=value, b=of: a(v) * b(v)),
+            "floor": (floor_quotient(dim, number), lambda v, a=value, k=number: a(v) // k),
+            "ceil": (ceil_quotient(dim, number), lambda v, a=value, k=number: -(-a(v) // k)),
+        }[kind]
+        if made is None:  # too long
+            break
+        known.append((made, result))
+    for choice in choices:
+        found = [evaluate(dim, choice.__getitem__) for dim, _ in known]
+        assert found == [value(choice) for _, value in known]
+
+
+@pytest.mark.parametrize(
+    "left, right",
+    [
+        # A window of three with a step of two and a border of one, and what dynamo computes of it.
+        (total([floor_quotient(total(["h", -1]), 2), 1]), floor_quotient(total(["h", 1]), 2)),
+        (ceil_quotient(ceil_quotient("h", 2), 2), ceil_quotient("h", 4)),
+        (floor_quotient(product([6, "h"]), 4), floor_quotient(product([3, "h"]), 2)),
+        (product(["h", total(["w", 1])]), total([product(["w", "h"]), "h"])),
+        (exact_quotient([2, "n", "h", 8], ["n", 16]), "h"),
+        (exact_quotient([product(["n", "h"]), 6], ["h", 3]), product([2, "n"])),
+        (difference(total(["h", 3]), "h"), 3),
+    ],
+)
+def test_equal_sizes_have_one_text(left, right):
+    assert left == right is not None
+
+
+@pytest.mark.parametrize(
+    "left, right",
+    [
+        (total(["h", 1]), "h + 1"),
+        (total(["h", 1, "w"]), total(["h + 1", "w"])),
+        (floor_quotient(total(["h", 1]), 2), "floor((h + 1)/2)"),
+        (product(["h", "w"]), "h*w"),
+        (total(["n", 1]), total(["'n'", 1])),
+    ],
+)
+def test_symbols_are_no_expressions(left, right):
+    assert left != right
+
+
+def test_what_cannot_be_said():
+    assert exact_quotient(["h"], [2]) is None and exact_quotient(["h", 2], ["w"]) is None
+    assert exact_quotient([6], [4]) is None and exact_quotient([0, "h"], [0]) is None
+    assert total(["h", None]) is product([None]) is floor_quotient("h", 0) is None
+    many = total([f"s{k}" for k in range(7)])
+    assert product([many, many]) is None
+    assert expressions.is_expression(many) and not expressions.is_expression("h")
