@@ -43,6 +43,7 @@ from onnx_simplify.passes.clean import clean
 from onnx_simplify.passes.fold_batchnorm import check_pairs, foldable
 from onnx_simplify.passes.fold_batchnorm import fold_batchnorm as _fold_batchnorm
 from onnx_simplify.passes.fold_shapes import settle_sizes
+from onnx_simplify.passes.fused import fuse_again
 from onnx_simplify.passes.rewrite import rewrite
 from onnx_simplify.pipeline import constant_outputs, is_half
 from onnx_simplify.planning.planner import Planner
@@ -326,6 +327,7 @@ def _cleaned(source: ModelSource, pinned: Collection[str] = ()) -> Model:
 def _finished(model: Model) -> ModelProto:
     """The model as a message that states the shapes it has now."""
     settle(model)
+    fuse_again(model)
     return model.to_proto()
 
 

@@ -23,6 +23,7 @@ from onnx_simplify.operators import bind, contractions
 from onnx_simplify.operators.contraction import Contraction
 from onnx_simplify.passes.clean import clean, fold_constants
 from onnx_simplify.passes.fold_shapes import fold_shapes
+from onnx_simplify.passes.fused import is_fused
 from onnx_simplify.planning.plan import Preparation, Step
 from onnx_simplify.runtime.benchmark import Timing
 from onnx_simplify.runtime.verdict import Verification
@@ -192,7 +193,7 @@ def _macs(model: Model, shapes: Mapping[str, Sequence[int]]) -> dict[str, int] |
     if found is not None:
         return found
     model = model.copy()
-    if any(_is_constant(n) for n in model.graph.nodes):
+    if any(_is_constant(n) or is_fused(n) for n in model.graph.nodes):
         clean(model)
         # Weights that are computed count, whether or not they are stored.
         fold_constants(model, at_any_size=True)
@@ -207,7 +208,7 @@ def _macs(model: Model, shapes: Mapping[str, Sequence[int]]) -> dict[str, int] |
 
 def _macs_as_inferred(model: Model, shapes: Mapping[str, Sequence[int]]) -> dict[str, int] | None:
     """The same, where inference knows all sizes, and weights are stored."""
-    if any(_is_constant(node) for node in model.graph.nodes):
+    if any(_is_constant(node) or is_fused(node) for node in model.graph.nodes):
         return None
     products = [p for node in model.graph.nodes for p in bind(node).contractions]
     if not all(product.is_sound for product in products):

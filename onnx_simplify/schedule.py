@@ -19,6 +19,7 @@ from onnx_simplify.passes.clean import clean
 from onnx_simplify.passes.compress_maps import compress_maps
 from onnx_simplify.passes.fold_batchnorm import check_pairs, fold_batchnorm, foldable
 from onnx_simplify.passes.fold_shapes import settle_sizes
+from onnx_simplify.passes.fused import fuse_again
 from onnx_simplify.passes.reblock_maps import reblock_maps
 from onnx_simplify.passes.regroup_shuffles import find_shuffles, regroup_shuffles
 from onnx_simplify.passes.rewrite import rewrite
@@ -199,6 +200,7 @@ def simplify_in_place(
     compress_maps(model)
     settle(model)
     _conclude(before, layers(model), aligned)
+    fuse_again(model)
 
 
 def make_plan(

@@ -330,6 +330,11 @@ def _forgive(model: ModelProto) -> None:
     for info in (*graph.input, *graph.output):
         if info.type.HasField("tensor_type"):
             info.type.tensor_type.shape.SetInParent()
+    # Version 18 was withdrawn by version 21; onnxruntime runs both.
+    for node in all_nodes(graph):
+        if node.op_type == "GroupNormalization" and node.domain in ("", "ai.onnx"):
+            node.op_type = "InstanceNormalization"
+            del node.attribute[:]
     # Older checkers know only the short name of the default domain.
     if "" not in {o.domain for o in model.opset_import}:
         for item in (*model.opset_import, *all_nodes(graph)):

@@ -51,6 +51,7 @@ class Model:
         source_bytes: size of what the model was loaded from, external data included.
         aliases: new tensors that have the value of one that the model as loaded has, and which.
         patterns: which weights are zero.
+        fused: outputs of nodes that were fused, see :mod:`onnx_simplify.passes.fused`.
         keep_shared: leave nodes alone whose weights others read, too, so that these need no copy.
         stand_in: run a float32 version of the model, see :mod:`onnx_simplify.runtime.widen`.
     """
@@ -109,6 +110,7 @@ class Model:
         self.keep_shared = False
         self.aliases: dict[str, str] = {}
         self.patterns = Patterns()
+        self.fused: set[str] = set()
         self.stand_in = False
         self.disputed: frozenset[str] = frozenset()
         self.files: list[Path] = []
@@ -285,6 +287,7 @@ class Model:
         other.keep_shared = self.keep_shared
         other.disputed = self.disputed
         other.aliases = dict(self.aliases)
+        other.fused = set(self.fused)
         other._trained = self._trained
         return other
 

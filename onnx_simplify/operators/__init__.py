@@ -15,6 +15,7 @@ from onnx_simplify.graph.patterns import Patterns
 from onnx_simplify.operators import (
     convolution,
     elementwise,
+    foreign,
     matrix,
     movement,
     normalization,
@@ -69,6 +70,7 @@ register(elementwise.Elementwise, *elementwise.NAMES)
 register(elementwise.Dropout, "Dropout")
 register(normalization.ChannelAffine, "BatchNormalization")
 register(normalization.InstanceNormalization, "InstanceNormalization")
+register(normalization.GroupNormalization, "GroupNormalization")
 register(convolution.Convolution, "Conv")
 register(convolution.TransposedConvolution, "ConvTranspose")
 register(matrix.Gemm, "Gemm")
@@ -93,4 +95,7 @@ register(movement.SpaceToDepth, "SpaceToDepth")
 register(movement.DepthToSpace, "DepthToSpace")
 register(sizes.Shape, "Shape")
 register(sizes.Size, "Size")
+register(foreign.Activation, *foreign.ACTIVATIONS, domain=foreign.DOMAIN)
+register(foreign.LikeFirst, *foreign.LIKE_FIRST, domain=foreign.DOMAIN)
+register(foreign.LikeFirst, *foreign.NORMALIZATIONS)
 register(sizes.ConstantOfShape, "ConstantOfShape")
