@@ -44,6 +44,7 @@ from onnx_simplify.passes.fold_batchnorm import check_pairs, foldable
 from onnx_simplify.passes.fold_batchnorm import fold_batchnorm as _fold_batchnorm
 from onnx_simplify.passes.fold_shapes import settle_sizes
 from onnx_simplify.passes.fused import fuse_again
+from onnx_simplify.passes.join_pads import join_pads
 from onnx_simplify.passes.rewrite import rewrite
 from onnx_simplify.pipeline import constant_outputs, is_half
 from onnx_simplify.planning.planner import Planner
@@ -321,6 +322,7 @@ def _cleaned(source: ModelSource, pinned: Collection[str] = ()) -> Model:
     working.pin(as_names(pinned))
     clean(working)
     settle_sizes(working, None)
+    join_pads(working)
     return working
 
 

@@ -20,6 +20,7 @@ from onnx_simplify.passes.compress_maps import compress_maps
 from onnx_simplify.passes.fold_batchnorm import check_pairs, fold_batchnorm, foldable
 from onnx_simplify.passes.fold_shapes import settle_sizes
 from onnx_simplify.passes.fused import fuse_again
+from onnx_simplify.passes.join_pads import join_pads
 from onnx_simplify.passes.reblock_maps import reblock_maps
 from onnx_simplify.passes.regroup_shuffles import find_shuffles, regroup_shuffles
 from onnx_simplify.passes.rewrite import rewrite
@@ -91,6 +92,7 @@ def start(model: Model, options: Options, feeds: Feeds | None) -> Start:
     """
     clean(model)
     settle_sizes(model, feeds)
+    join_pads(model)
     if options.bn_folding is not None:
         settle(model)
         check_pairs(model, options.bn_folding)

@@ -30,6 +30,7 @@ class Row(NamedTuple):
         level: which of them are constant: ``.`` varies, ``m`` is a map, ``c`` is one number.
         needs: positions of the operator's first input that the first output needs (``n``).
         maps: the levels by the rules alone, which are optimistic, where they are others.
+        opset: version of the operator set.
     """
 
     build: Callable[[Graph, str, str], str]
@@ -37,6 +38,7 @@ class Row(NamedTuple):
     level: str
     needs: str
     maps: str | None = None
+    opset: int = 17
 
 
 def ints(g: Graph, *values: int) -> str:
@@ -80,6 +82,16 @@ ROWS = {
     "InstanceNormalization": Row(
         lambda g, x, y: g.op("InstanceNormalization", x, g.normal(6), g.normal(6)), *MAPS
     ),
+    "GroupNormalization": Row(
+        lambda g, x, y: g.op(
+            "GroupNormalization", x, np.array([1, 2, 0, 0, 3, 4], "f"), g.normal(6), num_groups=3
+        ),
+        "aaccee",
+        "..cc..",
+        "nn....",
+        opset=21,
+    ),
+    "Gelu": Row(lambda g, x, y: g.op("Gelu", x, domain="com.microsoft"), *SAME),
     "Conv": Row(
         lambda g, x, y: g.conv(x, pruned(g.normal(6, 6, 3, 3), [5]), g.normal(6), pads=[1] * 4),
         NEW,
@@ -174,12 +186,18 @@ ROWS = {
         "n..n..n..n..",
         ".c.",
     ),
+    "DepthToSpace of equals": Row(
+        lambda g, x, y: g.op("DepthToSpace", g.op("Concat", x, x, x, x, axis=1), blocksize=2),
+        "abcdef",
+        ".c..c.",
+        "n.....n.....n.....n.....",
+    ),
 }
 
 
 def built(row: Row, seed: int = 0, *, other: str = "") -> tuple[Graph, str, str, str]:
     """The graph of a row; channels ``other`` of ``a..f`` are made by other weights."""
-    g = Graph(seed=seed)
+    g = Graph(row.opset, seed=seed, domains={"com.microsoft": 1})
     image = g.input("image", IMAGE)
     weight, bias = pruned(g.normal(6, 3, 1, 1), [1, 4]), g.normal(6)
     for channel, mark in enumerate(other):
@@ -253,4 +271,7 @@ def test_every_rule_has_a_row():
     own = {c for c in rules(Operator) if c.__module__.startswith("onnx_simplify.operators.")}
     known = {c for kind in bound for c in kind.__mro__}
     # Quantised weights and what is about sizes have tests of their own.
-    assert {c.__name__ for c in own - known} <= {"Quantization", "Shape", "Size", "ConstantOfShape"}
+    assert {c.__name__ for c in own - known} <= {
+        *("Quantization", "Shape", "Size", "ConstantOfShape"),
+        "LikeFirst",
+    }

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from build import Graph, assert_same_function, count, pruned, random_feeds
+from onnx_simplify import simplify
 from onnx_simplify.graph import expressions
 from onnx_simplify.graph.expressions import (
     ceil_quotient,
@@ -96,3 +99,41 @@ def test_what_cannot_be_said():
     many = total([f"s{k}" for k in range(7)])
     assert product([many, many]) is None
     assert expressions.is_expression(many) and not expressions.is_expression("h")
+
+
+PADS = st.lists(st.integers(0, 3), min_size=4, max_size=4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    amounts=st.one_of(PADS, PADS.map(lambda v: [k - 2 for k in v])),
+    own=PADS,
+    value=st.sampled_from([None, 0.0, 0.5]),
+    mode=st.sampled_from(["constant", "constant", "edge"]),
+    readers=st.sampled_from([1, 2]),
+    opset=st.sampled_from([9, 17]),
+    free=st.booleans(),
+)
+def test_padding_in_front_of_convolutions(seed, amounts, own, value, mode, readers, opset, free):
+    """Zeros join the convolution's own, for each reader; all else stays as it is."""
+    g = Graph(opset, seed=seed)
+    x = g.input("x", ["n", 3, "h", "w"] if free else [1, 3, 8, 9])
+    x = g.op("Relu", g.conv(x, pruned(g.normal(8, 3, 1, 1), range(0, 8, 2)), g.normal(8)))
+    pads = [0, 0, *amounts[:2], 0, 0, *amounts[2:]]
+    if opset < 11:
+        given_value = {} if value is None else {"value": value}
+        x = g.op("Pad", x, pads=pads, mode=mode, **given_value)
+    else:
+        extra = [] if value is None else [np.float32(value)]
+        x = g.op("Pad", x, np.array(pads), *extra, mode=mode)
+    x = g.op("Relu", x) if seed % 3 == 0 else x
+    y = g.conv(x, g.normal(4, 8, 3, 3), g.normal(4), pads=own)
+    for _ in range(readers - 1):
+        y = g.op("Add", y, g.conv(x, g.normal(4, 8, 3, 3), pads=own))
+    g.output(y)
+    model = g.model()
+    result, _ = simplify(model, channel_multiple=1)
+    zeros = mode == "constant" and not value and min(amounts) >= 0
+    assert count(result, "Pad") == (0 if zeros and seed % 3 else 1)
+    assert_same_function(model, result, random_feeds(model, n=2, h=10, w=7))

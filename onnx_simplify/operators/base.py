@@ -108,6 +108,14 @@ class Operator:
         """
         return None
 
+    def padding(self, rank: int) -> list[tuple[int, int]] | None:
+        """Zeros before and after by axis, negative where it cuts off, if that is all it does.
+
+        Args:
+            rank: the input's rank.
+        """
+        return None
+
     @property
     def is_opaque(self) -> bool:
         """Whether nothing is known of what the node does."""

@@ -383,19 +383,21 @@ class DepthToSpace(Operator):
         layouts.set(self.outputs[0], ids)
 
     def level(self, facts: KnownFacts) -> Masks:
-        """Constant parts make a pattern in space."""
-        level = facts.level[self.inputs[0].name]
+        """Constant parts make a pattern in space, unless they are all the same number."""
+        source = self.inputs[0]
+        level = facts.level[source.name]
         if level.size > 1:
             level = self._grouped(level).min(axis=1).reshape(1, -1, 1, 1)
-        zero = facts.zero(self.inputs[0], facts.layouts.of[self.inputs[0].name].shape)
-        if zero.size > 1:
-            zero = self._grouped(zero).all(axis=1).reshape(1, -1, 1, 1)
-        shape = facts.shape(self.inputs[0])
-        worst = MAP if is_static(shape[2:]) else VARYING
-        return [np.where(zero & (level > VARYING), UNIFORM, np.minimum(level, worst))]
+        same = facts.zero(source, facts.layouts.of[source.name].shape)
+        if same.size > 1:
+            values = self._grouped(facts.scalar(source))
+            same = self._grouped(same).all(axis=1) | (values == values[:, :1]).all(axis=1)
+            same = same.reshape(1, -1, 1, 1)
+        worst = MAP if is_static(facts.shape(source)[2:]) else VARYING
+        return [np.where(same & (level > VARYING), UNIFORM, np.minimum(level, worst))]
 
     def wants_values(self, facts: KnownFacts) -> list[int]:
-        """Zeros stay uniform."""
+        """Equal numbers stay uniform."""
         return [0]
 
     def need(self, facts: KnownFacts, outputs: Masks) -> Masks:

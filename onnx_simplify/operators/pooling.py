@@ -256,6 +256,18 @@ class Pad(Operator):
             found[axis] = (before, after)
         return found
 
+    def padding(self, rank: int) -> list[tuple[int, int]] | None:
+        """The amounts, where zeros are added."""
+        plain = self.attrs.get("mode", "constant") == "constant"
+        return self.amounts(rank) if plain and self._adds_zeros() else None
+
+    def _adds_zeros(self) -> bool:
+        """Whether the value is known to be zero."""
+        if not has_input(self.node, 2):
+            return bool(self.attrs.get("value", 0.0) == 0)
+        value = constant_input(self.node, 2)
+        return value is not None and value.size == 1 and bool(value.ravel()[0] == 0)
+
     def layout(self, layouts: Layouts) -> None:
         """Channels pass through; a padded channel axis gets new ones, never removed."""
         source = layouts(self.inputs[0])
@@ -281,7 +293,8 @@ class Pad(Operator):
         level = facts.level[source.name]
         shape = facts.layouts.of[self.outputs[0].name].shape
         amounts = self.amounts(level.ndim)
-        axes = [a for a, s in enumerate(level.shape) if s == 1 and amounts[a] != (0, 0)]
+        # What is cut off changes nothing.
+        axes = [a for a, s in enumerate(level.shape) if s == 1 and max(amounts[a]) > 0]
         known = not is_computed(self.node, 2)
         if not known and axes:
             level = np.full(level.shape, VARYING, np.int8)
@@ -289,9 +302,7 @@ class Pad(Operator):
             sizes = facts.shape(source), facts.shape(self.outputs[0])
             static = all(is_static(s, axes) for s in sizes)
             same = np.zeros(level.shape, bool)
-            value = constant_input(self.node, 2)
-            plain = not has_input(self.node, 2) and self.attrs.get("value", 0.0) == 0
-            if plain or (value is not None and value.size == 1 and value.ravel()[0] == 0):
+            if self._adds_zeros():
                 same = facts.zero(source, level.shape) & (level > VARYING)
             level = np.where(same, level, np.minimum(level, MAP if static else VARYING))
         if level.shape != shape:
