@@ -321,7 +321,7 @@ def _cleaned(source: ModelSource, pinned: Collection[str] = ()) -> Model:
     working = load(source)
     working.pin(as_names(pinned))
     clean(working)
-    settle_sizes(working, None)
+    settle_sizes(working, ())
     join_pads(working)
     return working
 
@@ -342,5 +342,5 @@ def _evidence(
     model: Model, shapes: Shapes | None, data: Mapping[str, np.ndarray] | None
 ) -> Evidence:
     found = Reference(model, input_shapes=shapes, input_data=data).evidence
-    settle_sizes(model, found.runs[0])
+    settle_sizes(model, found.runs)
     return found

@@ -26,7 +26,7 @@ from onnx_simplify.report import (
 )
 from onnx_simplify.runtime.benchmark import Timing, time_models
 from onnx_simplify.runtime.evidence import Questions
-from onnx_simplify.runtime.inputs import candidate_sizes, input_specs
+from onnx_simplify.runtime.inputs import Feeds, candidate_sizes, input_specs
 from onnx_simplify.runtime.reference import Reference
 from onnx_simplify.schedule import Start, ask, may_ask, simplify_in_place, start
 
@@ -105,8 +105,13 @@ def _asked(original: Model, options: Options, target: Profile) -> tuple[Start | 
     """What can be done before the original runs, and what to look at when it does."""
     if not may_ask(original, options):
         return None, {}
-    begun = start(_working_copy(original, options), options, None)
+    begun = start(_working_copy(original, options), options, ())
     return begun, ask(begun, Planner(target), options, original)
+
+
+def _feeds(reference: Reference | None) -> list[Feeds]:
+    """The inputs of all runs."""
+    return [] if reference is None else [run.feeds for run in reference.runs]
 
 
 def _working_copy(original: Model, options: Options) -> Model:
@@ -172,8 +177,7 @@ class _Task:
         if begun is None or skip or keep_shared:
             model = _working_copy(self.original, options)
             model.keep_shared = keep_shared
-            feeds = None if self.reference is None else self.reference.runs[0].feeds
-            begun = start(model, options, feeds)
+            begun = start(model, options, _feeds(self.reference))
         report = Report(before=self.before, after=self.before)
         report.input_shapes = self.shapes
         report.target = plan.name
@@ -328,7 +332,7 @@ def _largest_threshold(original: Model, options: Options, reference: Reference |
     """
     if reference is None:
         raise CannotVerifyError("a threshold cannot be found: the original model does not run")
-    begun = start(original.copy(), options, reference.runs[0].feeds)
+    begun = start(original.copy(), options, _feeds(reference))
     begun.fold(options)
     base = begun.model
     known = thresholds(base, _LARGEST_THRESHOLD)
@@ -350,7 +354,7 @@ def constant_outputs(model: Model, reference: Reference | None) -> list[str]:
         return []
     working = model.copy()
     clean(working)
-    settle_sizes(working, reference.runs[0].feeds)
+    settle_sizes(working, _feeds(reference))
     facts = reference.evidence.measured(Facts(working))
     return [
         t.name

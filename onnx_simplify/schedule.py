@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from onnx_simplify.facts.facts import Facts
@@ -34,6 +34,7 @@ from onnx_simplify.reasons import ALIGNMENT, COST, held_back, stays
 from onnx_simplify.report import Layer, Opaque, Report, add_findings, ideal_macs, layers
 from onnx_simplify.runtime.evidence import Evidence, Questions, questions_for
 from onnx_simplify.runtime.inputs import Feeds
+from onnx_simplify.runtime.observed import is_foreign
 
 # So often a plan is made and carried out at most; almost always one turn is all it takes.
 _TURNS = 4
@@ -78,20 +79,20 @@ class Start:
         return self.layers
 
 
-def start(model: Model, options: Options, feeds: Feeds | None) -> Start:
+def start(model: Model, options: Options, runs: Sequence[Feeds]) -> Start:
     """Do in place what comes before any plan, but for :meth:`Start.fold`.
 
     Args:
         model: the model as loaded.
         options: what to do.
-        feeds: inputs to settle with on which sizes onnx and onnxruntime differ; None if it does
-            not run, or where there is no such doubt.
+        runs: inputs to settle with which sizes are in doubt; none if it does not run, or where
+            there is no such doubt.
 
     Raises:
         ModelError: the options name what cannot be folded.
     """
     clean(model)
-    settle_sizes(model, feeds)
+    settle_sizes(model, runs)
     join_pads(model)
     if options.bn_folding is not None:
         settle(model)
@@ -105,7 +106,7 @@ def may_ask(original: Model, options: Options) -> bool:
     Not where what onnx infers of sizes may not be what onnxruntime has, nor where weights are not
     to be what they were.
     """
-    doubtful = any(is_questionable(node) for node in original.graph.nodes)
+    doubtful = any(is_questionable(n) for n in original.graph.nodes) or is_foreign(original)
     other = options.threshold or options.auto_threshold is not None
     return not doubtful and not other and options.absorbs
 

@@ -7,6 +7,8 @@ Sizes have several witnesses, in this order:
    is no symbol of an input a symbol of its own;
 3. onnx's inference of the single node, where what is in front of it is known better by now.
 
+4. runs, of operators that nobody knows: see :mod:`onnx_simplify.runtime.observed`.
+
 A symbol that onnx's inference made up is replaced, wherever it occurs, by what a rule says of it.
 Where a number contradicts a number, the size is not known. What the file itself states of inner
 tensors is not listened to: it need not be true.
@@ -62,6 +64,7 @@ class Sizes:
         self._inferred: dict[str, Inferred] = infer_all(model, input_shapes)
         self._better: dict[str, Dim] = {}
         self._fresh = 0
+        self._unproved: set[str] = set()
         self.shapes: dict[str, list[Dim] | None] = {}
         self.types: dict[str, np.dtype | int] = {}
         self.integers: dict[str, np.ndarray] = {}
@@ -118,7 +121,13 @@ class Sizes:
                 continue
             if rule is not None and tensor.name not in self._model.disputed:
                 inferred = self._refined(op.node, inferred, rule)
+            if tensor.name in self._model.observed and (inferred is None or inferred.shape is None):
+                inferred = self._seen(tensor.name)
             self._enter(tensor, inferred)
+        if self._unproved.intersection(t.name for t in op.inputs):
+            # What was observed may guide a plan, but is not written into a graph.
+            self._unproved.update(t.name for t in outputs)
+            return
         try:
             results = op.values(self)
         except TOLERATED:
@@ -126,6 +135,13 @@ class Sizes:
         for tensor, values in zip(outputs, results, strict=False):
             if tensor.name and values is not None and values.size <= _LONGEST:
                 self.integers[tensor.name] = values
+
+    def _seen(self, name: str) -> Inferred:
+        """What runs tell of a tensor; for inputs of one size only, it is so always."""
+        dtype, dims = self._model.observed[name]
+        if any(isinstance(d, str) for t in self._model.graph.inputs for d in self.shape(t)):
+            self._unproved.add(name)
+        return Inferred(dtype, [self._symbol() if d is None else d for d in dims])
 
     def _enter(self, tensor: gs.Tensor, found: Inferred | None) -> None:
         self.shapes[tensor.name] = None if found is None else found.shape

@@ -51,6 +51,8 @@ class Model:
         source_bytes: size of what the model was loaded from, external data included.
         aliases: new tensors that have the value of one that the model as loaded has, and which.
         patterns: which weights are zero.
+        observed: types and sizes of tensors that only runs tell, see
+            :mod:`onnx_simplify.runtime.observed`; sizes that are not known are None.
         fused: outputs of nodes that were fused, see :mod:`onnx_simplify.passes.fused`.
         keep_shared: leave nodes alone whose weights others read, too, so that these need no copy.
         stand_in: run a float32 version of the model, see :mod:`onnx_simplify.runtime.widen`.
@@ -111,6 +113,7 @@ class Model:
         self.aliases: dict[str, str] = {}
         self.patterns = Patterns()
         self.fused: set[str] = set()
+        self.observed: dict[str, tuple[np.dtype, list[int | str | None]]] = {}
         self.stand_in = False
         self.disputed: frozenset[str] = frozenset()
         self.files: list[Path] = []
@@ -288,6 +291,7 @@ class Model:
         other.disputed = self.disputed
         other.aliases = dict(self.aliases)
         other.fused = set(self.fused)
+        other.observed = dict(self.observed)
         other._trained = self._trained
         return other
 

@@ -24,6 +24,7 @@ from onnx_simplify.graph.traits import SELECTS
 from onnx_simplify.passes.clean import fold_constants
 from onnx_simplify.runtime.disputes import settle_disputes
 from onnx_simplify.runtime.inputs import Feeds
+from onnx_simplify.runtime.observed import is_foreign, observe_sizes
 
 # What is folded makes more known where other operators compute in between: seldom more than once.
 _ROUNDS = 200
@@ -44,20 +45,25 @@ def fold_shapes(model: Model, input_shapes: Mapping[str, Sequence[int]] | None =
         drop_unused(model)
 
 
-def settle_sizes(model: Model, feeds: Feeds | None) -> None:
+def settle_sizes(model: Model, runs: Sequence[Feeds]) -> None:
     """Find out on which shapes onnx and onnxruntime differ, then fold all others, in place.
+
+    Sizes behind operators that nobody knows are looked up in the runs.
 
     A size that is known only once others have been folded is looked at again.
 
     Args:
         model: a cleaned model.
-        feeds: inputs to run it with; without, all doubtful shapes stay in dispute.
+        runs: inputs to run it with; without, all doubtful shapes stay in dispute.
     """
-    settle_disputes(model, feeds)
+    first = runs[0] if runs else None
+    settle_disputes(model, first)
     fold_shapes(model)
-    while feeds is not None and model.disputed:
+    if runs and is_foreign(model) and observe_sizes(model, runs, _may_be_empty(model)):
+        fold_shapes(model)
+    while runs and model.disputed:
         before = len(model.disputed)
-        settle_disputes(model, feeds)
+        settle_disputes(model, first)
         if len(model.disputed) >= before:
             return
         fold_shapes(model)
