@@ -85,6 +85,8 @@ class Options:
         "--input-data",
     )
     progress: Callable[[str], None] | None = None
+    cautious: bool = False
+    """Leave constants behind means alone: set where trusting them did not verify."""
 
     def __post_init__(self) -> None:
         """Take single names for lists of one, and complain of what makes no sense."""

@@ -13,6 +13,7 @@ from onnx_simplify.channels.values import VARYING
 from onnx_simplify.errors import CannotVerifyError, SimplifyError, VerificationError
 from onnx_simplify.facts.facts import Facts
 from onnx_simplify.graph.model import Model
+from onnx_simplify.graph.traits import AVERAGES
 from onnx_simplify.options import PASSES, Options
 from onnx_simplify.passes.clean import clean
 from onnx_simplify.passes.fold_shapes import settle_sizes
@@ -34,12 +35,44 @@ from onnx_simplify.schedule import Start, ask, may_ask, simplify_in_place, start
 _LARGEST_THRESHOLD = 0.1
 # A plan that is faster than the cost model's by less than this is not.
 _NOISE = 0.01
-# What is left out, in turn, where a result does not verify and there is such an operator. Folding
-# rounds weights once more, which neither half precision nor sums that all but cancel forgive;
+
+
+@dataclass(frozen=True)
+class Caution:
+    """What to do less of where a result does not verify.
+
+    Attributes:
+        operators: the model has one of these.
+        note: what it means.
+        skip: a pass to leave out, if that is it.
+    """
+
+    operators: frozenset[str]
+    note: str
+    skip: str | None = None
+
+    def applied(self, options: Options) -> Options | None:
+        """The options with that; None if that is what they are already."""
+        if self.skip is None:
+            return None if options.cautious else replace(options, cautious=True)
+        return (
+            None if self.skip in options.skip else replace(options, skip={*options.skip, self.skip})
+        )
+
+
+# In turn. Means of equal numbers are off by what rounding makes of many sums. Folding rounds
+# weights once more, which neither half precision nor sums that all but cancel forgive;
 # onnxruntime's integer kernels do not take all constants.
-CAUTION: tuple[tuple[str, str, str], ...] = (
-    ("BatchNormalization", "fold_batchnorm", "BatchNormalization left alone: folding it"),
-    ("QuantizeLinear", "propagate_bias", "constants left alone: absorbing them"),
+CAUTION: tuple[Caution, ...] = (
+    Caution(AVERAGES, "constants behind means left alone: absorbing them"),
+    Caution(
+        frozenset({"BatchNormalization"}),
+        "BatchNormalization left alone: folding it",
+        "fold_batchnorm",
+    ),
+    Caution(
+        frozenset({"QuantizeLinear"}), "constants left alone: absorbing them", "propagate_bias"
+    ),
 )
 # A file that grows by no more bytes than this has gained a few names.
 _MARGIN = 1024
@@ -80,12 +113,12 @@ def run(original: Model, options: Options) -> tuple[Model, Report]:
         model, report = task.carry_out(target)
     except VerificationError as error:
         operators = {n.op for n in original.graph.nodes}
-        for operator, left_out, note in CAUTION:
-            if operator in operators and left_out not in options.skip:
-                skip = {*options.skip, left_out}
-                model, report = run(original, replace(options, skip=skip))
+        for caution in CAUTION:
+            less = caution.applied(options) if operators & caution.operators else None
+            if less is not None:
+                model, report = run(original, less)
                 reason = str(error).partition(": ")[2]
-                report.notes.append(f"{note} did not verify ({reason})")
+                report.notes.append(f"{caution.note} did not verify ({reason})")
                 return model, report
         raise
     if report.after.bytes > report.before.bytes and options.cuts:
@@ -188,6 +221,8 @@ class _Task:
         if self.trouble is not None:
             report.notes.append(f"constants were not looked for: {self.trouble}")
         evidence = None if self.reference is None else self.reference.evidence
+        if evidence is not None:
+            evidence.strict = options.cautious
         simplify_in_place(begun, Planner(plan), evidence, report, options, self.step)
         model = begun.model
         if model.training_is_stale():

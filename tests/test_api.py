@@ -728,4 +728,4 @@ def test_options_have_one_default(module):
     expected |= {"input_shapes": None} if "input_shapes" in taken else {}
     assert taken == expected
     if module == "onnx_simplify":
-        assert {f.name for f in fields(Options)} - set(taken) == {"progress"}
+        assert {f.name for f in fields(Options)} - set(taken) == {"progress", "cautious"}

@@ -73,7 +73,10 @@ def test_channels_last_lose_what_channels_first_lose(free, biases):
     for layout in ("NCHW", "NHWC"):
         model = classifier(layout, free=free, biases=biases)
         sizes = ({"n": 2, "h": 9, "w": 14}, {"n": 1, "h": 16, "w": 7}) if free else ({},)
-        _, report = simplified(model, *sizes, channel_multiple=1)
+        # Means over large pictures round by more than verification allows, and differently.
+        shape = [1, 3, 24, 20] if layout == "NCHW" else [1, 24, 20, 3]
+        shapes = {"input_shapes": {"x": shape}} if free else {}
+        _, report = simplified(model, *sizes, channel_multiple=1, **shapes)
         found[layout] = [layer.outputs_after for layer in report.layers]
     assert found["NCHW"] == found["NHWC"]
     assert sum(found["NHWC"]) < (64 if biases == "zero" or not free else 73)

@@ -13,7 +13,7 @@ from test_rearranging import KEEN
 from test_rearranging import residual as sums
 
 import onnx_simplify
-from build import gated_constants, small_cnn, with_outputs
+from build import Graph, gated_constants, pruned, small_cnn, with_outputs
 from onnx_simplify.facts.facts import Facts
 from onnx_simplify.graph.load import load
 from onnx_simplify.planning import profiles
@@ -25,11 +25,21 @@ MODELS = {
     "residual": lambda: residual(3, static=False),
     "residual of one size": lambda: residual(3, static=True),
 }
+MODELS["constants into a sum"] = lambda: matrix_product()
 # Sums whose channels move.
 MODELS |= {
     f"sums {seed}": lambda seed=seed: sums(seed, dynamic=True, share=0.8) for seed in (3, 83221)
 }
 MODELS |= {f"random {seed}": lambda seed=seed: random_model(seed) for seed in range(40)}
+
+
+def matrix_product() -> onnx.ModelProto:
+    """A product without a bias of its own, behind which there is a sum with a constant."""
+    g = Graph()
+    x = g.op("Relu", g.gemm(g.input("x", ["n", 4]), pruned(g.normal(8, 4), [1, 3]), g.normal(8)))
+    y = g.op("Add", g.op("MatMul", x, g.normal(8, 5)), g.normal(5))
+    g.output(g.op("MatMul", g.op("Relu", y), g.normal(5, 3)))
+    return g.model()
 
 
 def inner(model: onnx.ModelProto) -> set[str]:

@@ -16,8 +16,13 @@ The minimum of two levels is their meet.
 _ROUNDING = 4e-7
 # Rules prove uniformity; a pooled average of equal numbers may still differ in the last bits.
 _LOOSE = 1e-5
-# So far may the mean of equal numbers be from that number.
-_MEAN = 4e-6
+# So far may the mean of equal numbers be from that number: float32 loses a step of 6e-8 with each
+# of ten thousand sums at worst. Where results are not to depend on that, much less.
+_MEAN, _STRICT_MEAN = 1e-3, 4e-6
+# Means that are off by no more than this share are not measured once more.
+_OFF = 1e-6
+# So much may a constant behind a mean change with the size of the input, for the same reason.
+_DRIFT, _STRICT_DRIFT, _HALF_DRIFT = 2e-4, 1e-5, 2e-3
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,7 @@ class Constants:
         high: largest value.
         exact: tensors of integers or booleans, whose values are not subject to rounding.
         arrays: the whole first measurement of tensors with constant, non-uniform positions.
+        strict: leave constants alone that come out differently for every size, as means do.
     """
 
     agreement: dict[str, np.ndarray] = field(default_factory=dict)
@@ -91,6 +97,7 @@ class Constants:
     high: dict[str, np.ndarray] = field(default_factory=dict)
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
     exact: set[str] = field(default_factory=set)
+    strict: bool = False
 
     def record(self, name: str, constant: np.ndarray, seen: Seen | None) -> None:
         """Record a first measurement.
@@ -132,33 +139,66 @@ class Constants:
         low, high = self.low[name], self.high[name]
         slack = np.zeros(agree.shape)
         if not same_sizes and not self.is_exact(name):
-            slack = _drift(seen.dtype) * np.maximum(np.abs(low), np.abs(high))
+            slack = self._drift(seen.dtype) * np.maximum(np.abs(low), np.abs(high))
         agree = agree & (np.abs(seen.low - low) <= slack) & (np.abs(seen.high - high) <= slack)
         if same_sizes and name in self.arrays:
             # Where nothing was kept to compare, nothing but uniform constants may agree.
             agree &= low == high if seen.equal is None else seen.equal
         self.agreement[name] = agree
 
-    def adopt(self, name: str, low: np.ndarray, high: np.ndarray, where: np.ndarray) -> None:
+    def adopt(
+        self, name: str, low: np.ndarray, high: np.ndarray, where: np.ndarray, *, free: bool
+    ) -> None:
         """Put what is known of a tensor in place of a measurement that rounds.
 
-        Where the two are too far apart, the tensor is not constant in practice: it comes out
-        differently for every size of the input.
+        The mean of equal numbers is that number, whatever runs at some sizes make of it. At the
+        only size there is, what they make of it is what the original computes.
 
         Args:
             name: the tensor.
             low: smallest values, shaped like the layout; NaN where nothing is known.
             high: largest values.
             where: positions said to be uniform.
+            free: whether they are means over free sizes.
         """
         # Levels are optimistic before anything is measured: a map may pass for uniform.
-        where = where & self.agreement[name] & _uniform(low, high, _LOOSE)
-        mean = 0.0 if self.is_exact(name) else _MEAN
+        where = where & _uniform(low, high, _LOOSE)
+        mean = 0.0 if self.is_exact(name) else _STRICT_MEAN if self.strict else _MEAN
         slack = mean * np.maximum(np.abs(low), np.abs(high))
         close = (np.abs(self.low[name] - low) <= slack) & (np.abs(self.high[name] - high) <= slack)
-        self.low[name] = np.where(where, low, self.low[name])
-        self.high[name] = np.where(where, high, self.high[name])
-        self.agreement[name] = self.agreement[name] & (close | ~where)
+        known = where if free or self.strict else where & ~self.agreement[name]
+        self.low[name] = np.where(known, low, self.low[name])
+        self.high[name] = np.where(known, high, self.high[name])
+        trusted = self.agreement[name] if self.strict else self.agreement[name] | where
+        self.agreement[name] = trusted & (close | ~where)
+
+    def _drift(self, dtype: np.dtype) -> float:
+        """How much a constant may change with the size of the input.
+
+        The mean of equal numbers is that number, but for rounding, which grows with their count.
+        Where it grows beyond this, the channel is better left alone.
+        """
+        if dtype.itemsize < 4:
+            return _HALF_DRIFT
+        return _STRICT_DRIFT if self.strict else _DRIFT
+
+    def is_off(self, name: str, exact: np.ndarray) -> bool:
+        """Whether a measurement is off by more than a few roundings somewhere.
+
+        Args:
+            name: the tensor.
+            exact: what it should be, shaped like the layout; NaN where that is not known.
+        """
+        known = self.agreement[name] & np.isfinite(exact)
+        return bool((np.abs(self.low[name] - exact) > _OFF * np.abs(exact))[known].any())
+
+    def correct(self, name: str, seen: Seen) -> None:
+        """Replace a measurement by another one of the same inputs, where the two are close."""
+        slack = _MEAN * np.maximum(np.abs(self.low[name]), np.abs(self.high[name]))
+        close = self.agreement[name] & (np.abs(seen.low - self.low[name]) <= slack)
+        close &= np.abs(seen.high - self.high[name]) <= slack
+        self.low[name] = np.where(close, seen.low, self.low[name])
+        self.high[name] = np.where(close, seen.high, self.high[name])
 
     def is_exact(self, name: str) -> bool:
         """Whether the tensor's values are not subject to rounding."""
@@ -183,15 +223,6 @@ class Constants:
         rounding = np.where(proven, _LOOSE, _ROUNDING) * (not self.is_exact(name))
         good = self.agreement[name] & _uniform(low, high, rounding)
         return np.where(good, (low + high) / 2, np.nan)
-
-
-def _drift(dtype: np.dtype) -> float:
-    """How much a constant may change with the size of the input.
-
-    The mean of equal numbers is that number, but for rounding, which grows with their count.
-    Where it grows beyond this, the channel is better left alone.
-    """
-    return 1e-5 if dtype.itemsize >= 4 else 2e-3
 
 
 def _uniform(low: np.ndarray, high: np.ndarray, tolerance: float | np.ndarray) -> np.ndarray:

@@ -202,6 +202,10 @@ class Editor:
                 total = np.asarray(other.values, wide) + values.astype(wide)
                 if total.size <= max(values.size, other.values.size):
                     self.put(add, 1 - position, total.astype(other.values.dtype))
+                    # A name means a value: without what was added, it is another one.
+                    users = self.readers.pop(result.name)
+                    result.name = self.model.unique(f"{result.name}_raw")
+                    self.readers[result.name] = users
                     return
         raw = gs.Variable(self.model.unique(f"{result.name}_raw"), result.dtype, result.shape)
         node.outputs[0] = raw

@@ -13,6 +13,7 @@ The traits:
     disputed      onnx and onnxruntime may not agree on the output's shape
     blocked       onnxruntime computes it in blocks of channels (NCHWc)
     activates     of these, it goes into the kernel of the convolution in front
+    averages      gives means of many numbers
     concatenated  computed in blocks behind a concatenation of whole blocks
 """
 
@@ -24,7 +25,7 @@ Add                   blocked
 ArgMax                jumps
 ArgMin                jumps
 Atanh                 overflows
-AveragePool           disputed blocked concatenated
+AveragePool           averages disputed blocked concatenated
 BatchNormalization    concatenated
 Bernoulli             random
 Cast                  passes
@@ -46,7 +47,7 @@ Expand                passes
 Flatten               passes
 Floor                 jumps
 Gather                passes
-GlobalAveragePool     blocked concatenated
+GlobalAveragePool     averages blocked concatenated
 Greater               jumps
 GreaterOrEqual        jumps
 HardSigmoid           bounded activates blocked
@@ -74,6 +75,7 @@ RandomUniformLike     random
 Reciprocal            overflows
 ReduceLogSum          overflows
 ReduceLogSumExp       overflows
+ReduceMean            averages
 ReduceProd            overflows
 ReduceSumSquare       overflows
 Relu                  activates blocked concatenated
@@ -127,3 +129,4 @@ DISPUTED = named("disputed")
 BLOCKED = named("blocked")
 ACTIVATES = named("activates")
 CONCATENATED = named("concatenated")
+AVERAGES = named("averages")

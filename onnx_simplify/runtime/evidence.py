@@ -13,6 +13,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.values import UNIFORM, VARYING, Constants, Seen
+from onnx_simplify.errors import CannotVerifyError, RunError
 from onnx_simplify.facts.facts import Facts
 from onnx_simplify.operators import Operator
 from onnx_simplify.runtime.inputs import Feeds
@@ -32,10 +33,18 @@ class Evidence:
         runs: inputs; the first two of the same sizes and different values, any further ones of
             other sizes.
         seen: for each run, what the original's tensors held, by name.
+        strict: leave constants alone that come out differently for every size, as means do.
     """
 
-    def __init__(self, runs: Sequence[Feeds], seen: Sequence[Mapping[str, Seen | None]] = ()):
+    def __init__(
+        self,
+        runs: Sequence[Feeds],
+        seen: Sequence[Mapping[str, Seen | None]] = (),
+        *,
+        strict: bool = False,
+    ):
         """Start from runs, and from what was asked in them, if anything was."""
+        self.strict = strict
         self.runs = list(runs)
         self.seen = [dict(found) for found in seen] or [{} for _ in self.runs]
 
@@ -44,7 +53,7 @@ class Evidence:
 
         There, a tensor may hold anything where nobody looks, and somebody may look in the end.
         """
-        return Evidence(self.runs)
+        return Evidence(self.runs, strict=self.strict)
 
     def measured(self, facts: Facts) -> Facts:
         """Facts with the values of constants.
@@ -60,7 +69,7 @@ class Evidence:
             if first is None or first.low.shape != constant.shape:
                 missing[name] = constant
         found = self._read(facts, missing) if missing else []
-        constants = Constants()
+        constants = Constants(strict=self.strict)
         for name, constant in asked.items():
             source = aliases.get(name, name)
             answers = [
@@ -70,9 +79,25 @@ class Evidence:
             constants.record(name, constant & _is_as_expected(facts, name, answers[0]), answers[0])
             for number, answer in enumerate(answers[1:], 1):
                 constants.confirm(name, answer, same_sizes=number == 1)
-        for name, chain in chains.items():
-            _pass_on(facts, constants, name, chain)
+        coarse = [n for n, chain in chains.items() if _pass_on(facts, constants, n, chain)]
+        if coarse:
+            self._remeasure(facts, constants, coarse)
         return facts.measured(constants)
+
+    def _remeasure(self, facts: Facts, constants: Constants, names: list[str]) -> None:
+        """Look at means that round a lot once more, as a deployment computes them.
+
+        onnxruntime's optimised kernels sum in another order than those that are run otherwise.
+        """
+        try:
+            session = Session(facts.model, names, optimize=True, always=False)
+            values = session.run(self.runs[0], names)
+        except (RunError, CannotVerifyError):  # what is known stays
+            return
+        for name, array in zip(names, values, strict=True):
+            seen = Seen.of(array, constants.agreement[name])
+            if seen is not None and seen.low.shape == constants.agreement[name].shape:
+                constants.correct(name, seen)
 
     def _read(self, facts: Facts, questions: Questions) -> list[dict[str, Seen | None]]:
         """Run the graph itself."""
@@ -192,11 +217,15 @@ def _chains(facts: Facts, names: Collection[str]) -> dict[str, list[Operator]]:
     return found
 
 
-def _pass_on(facts: Facts, constants: Constants, name: str, chain: list[Operator]) -> None:
-    """Take the constants of a tensor from before the poolings, which round."""
+def _pass_on(facts: Facts, constants: Constants, name: str, chain: list[Operator]) -> bool:
+    """Take the constants of a tensor from before the poolings, which round.
+
+    Returns:
+        Whether what was measured instead counts, and is off by more than a few roundings.
+    """
     source = chain[0].inputs[0].name
     if source not in constants.low or name not in constants.low:
-        return
+        return False
     good = constants.agreement[source] & (facts.level[source] == UNIFORM)
     ends = []
     for values in (constants.low[source], constants.high[source]):
@@ -206,8 +235,11 @@ def _pass_on(facts: Facts, constants: Constants, name: str, chain: list[Operator
             passed = op.passed(facts, passed)
         ends.append(passed)
     low, high = ends
-    if low is not None and high is not None:
-        constants.adopt(name, low, high, facts.level[name] == UNIFORM)
+    if low is None or high is None:
+        return False
+    free = not all(isinstance(d, int) for d in facts.sizes[source][1:])
+    constants.adopt(name, low, high, facts.level[name] == UNIFORM, free=free)
+    return not free and not constants.strict and constants.is_off(name, low)
 
 
 def _chunks(facts: Facts, names: Iterable[str], feeds: Feeds) -> Iterator[list[str]]:
