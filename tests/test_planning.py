@@ -210,3 +210,55 @@ def test_the_plan_says_what_was_prepared():
         (x, GATHERED),
     }
     assert f"{narrow}: {SPLIT}" in [str(p) for p in report.prepared]
+
+
+def decoder(seed: int, size: int, groups: int, kernel: int, dead: int) -> ModelProto:
+    """Layers that double the size of a picture; constants in front of each make a pattern."""
+    g = Graph(seed=seed)
+    x = g.conv(g.input("x", [1, 3, size, size]), pruned(g.normal(24, 3, 3, 3), range(dead)))
+    for _ in range(2):
+        x = g.op("Relu", g.op("Add", x, np.abs(g.normal(24, 1, 1))))
+        weight = g.normal(24, 24 // groups, kernel, kernel) / 4
+        weight[:, : dead // groups] = 0
+        pad = (kernel - 2) // 2
+        extra = {"output_padding": [1, 1]} if kernel % 2 else {}
+        x = g.op(
+            "ConvTranspose",
+            *(x, weight, g.normal(24)),
+            group=groups,
+            strides=[2, 2],
+            pads=[pad] * 4,
+            **extra,
+        )
+    g.output(g.conv(g.op("Relu", x), g.normal(5, 24, 1, 1)))
+    return g.model()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    size=st.sampled_from([5, 12]),
+    groups=st.sampled_from([1, 2, 3]),
+    kernel=st.sampled_from([2, 3, 4]),
+    dead=st.sampled_from([6, 12, 18]),
+    costs=st.sampled_from([{}, ALWAYS, NEVER]),
+    multiple=st.sampled_from([None, 1]),
+)
+def test_decoders(seed, size, groups, kernel, dead, costs, multiple):
+    """Patterns of transposed convolutions, with groups or without, as maps and as stand-ins."""
+    model = decoder(seed, size, groups, kernel, dead)
+    with pytest.MonkeyPatch.context() as patch:
+        changed = dataclasses.replace(profiles.PROFILES["avx512"], **costs)
+        patch.setitem(profiles.PROFILES, "avx512", changed)
+        result, report = simplify(model, target="avx512", channel_multiple=multiple)
+    assert report.channels_removed >= 2 * (dead - groups) or multiple is None
+    assert_same_function(model, result, random_feeds(model))
+
+
+def test_patterns_are_stored_once():
+    model = decoder(0, 48, 1, 4, 12)
+    result, report = simplify(model, channel_multiple=1)
+    assert report.plan == "planned" and report.channels_removed >= 24
+    maps = [i for i in result.graph.initializer if i.name.endswith("_distinct")]
+    assert maps and all(max(i.dims[2:]) <= 8 for i in maps)
+    assert_same_function(model, result, random_feeds(model))

@@ -1,7 +1,7 @@
 """Store bias maps by their distinct rows and columns.
 
-A constant that went through a padded convolution is the same everywhere but near the border, so
-most rows and columns of its map are equal:
+A constant that went through a padded convolution is the same everywhere but near the border, and
+behind a transposed one with a stride its rows alternate, so most of its rows and columns are equal:
 
     Add(x, M [1, C, H, W])   =>   Add(x, Gather(Gather(D [1, C, 3, 3], rows), columns))
 
@@ -48,13 +48,10 @@ def _compressed(model: Model, editor: Editor, node: gs.Node, tensor: gs.Constant
     hint = re.sub(r"_\d+$", "", tensor.name)
     steps = []
     for axis in range(2, values.ndim):
-        rows = np.moveaxis(values, axis, 0)
-        # Equal rows are neighbours: what repeats is the interior.
-        new = np.ones(len(rows), bool)
-        new[1:] = (rows[1:] != rows[:-1]).any(axis=tuple(range(1, rows.ndim)))
-        if new.sum() <= len(rows) // 2:
-            values = np.compress(new, values, axis)
-            steps.append((axis, np.cumsum(new) - 1))
+        first, places = _distinct(np.moveaxis(values, axis, 0))
+        if first.size <= places.size // 2:
+            values = values.take(first, axis)
+            steps.append((axis, places))
     if values.nbytes + sum(i.nbytes for _, i in steps) > tensor.values.nbytes // 2:
         return tensor
     result: gs.Tensor = model.constant(f"{hint}_distinct", values)
@@ -72,3 +69,16 @@ def _compressed(model: Model, editor: Editor, node: gs.Node, tensor: gs.Constant
         )
         result = gathered
     return result
+
+
+def _distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the distinct rows, in order, and for each row, which of them it equals."""
+    known: dict[bytes, int] = {}
+    first: list[int] = []
+    places = np.zeros(len(rows), np.int64)
+    for index, row in enumerate(rows):
+        # Plus zero: what compares equal has the same bytes.
+        places[index] = known.setdefault((row + row.dtype.type(0)).tobytes(), len(known))
+        if len(first) < len(known):
+            first.append(index)
+    return np.array(first, np.int64), places

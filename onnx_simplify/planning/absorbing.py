@@ -218,25 +218,22 @@ def _decide(choice: _Choice, own: Absorption) -> None:
 def _decide_uniform(choice: _Choice, own: Absorption, padded: np.ndarray) -> None:
     """One channel of each group stands for all others: their constants are multiples of its."""
     groups, _, inputs = own.product.used.shape
-    static = own.product.is_static(choice.facts)
-    if groups > 1 and static:
-        return
     # A constant channel that stays anyway stands for the others at no cost.
     staying = own.padded & choice.alive[own.labels]
     largest = np.abs(own.values[padded]).max()
     staying &= np.abs(np.nan_to_num(own.values)) * LARGEST_RATIO >= largest
-    if static and not staying.any():
-        best = np.flatnonzero(padded)[[int(np.argmax(np.abs(own.values[padded])))]]
-        if not _is_cheaper(choice, own, best):
-            return
-    for group in range(groups):
-        start = group * inputs
+    found = []
+    for start in range(0, groups * inputs, inputs):
         members = np.flatnonzero(padded[start : start + inputs]) + start
-        if not members.size:
-            continue
-        able = np.flatnonzero(staying[start : start + inputs]) + start
-        able = able if able.size else members
-        best = able[int(np.argmax(np.abs(own.values[able])))]
+        if members.size:
+            able = np.flatnonzero(staying[start : start + inputs]) + start
+            able = able if able.size else members
+            found.append((members, able[int(np.argmax(np.abs(own.values[able])))]))
+    more = np.array([best for _, best in found if not staying[best]], int)
+    # Where sizes are free, there is no map to add instead.
+    if own.product.is_static(choice.facts) and more.size and not _is_cheaper(choice, own, more):
+        return
+    for members, best in found:
         ratios = own.values[members] / own.values[best]
         _stand_for(choice, own, members, np.array([best]), ratios[None, :])
 
@@ -269,7 +266,7 @@ def _decide_mapped(choice: _Choice, own: Absorption, varied: np.ndarray) -> None
 def _is_cheaper(choice: _Choice, own: Absorption, stand_ins: np.ndarray) -> bool:
     """Whether these channels shall stay to stand for others, rather than a map be added."""
     profile, facts, alive = choice.profile, choice.facts, choice.alive
-    if profile.multiple == 1:
+    if profile.multiple == 1 and np.isfinite(profile.map_cost):
         return False  # asked for the fewest channels
     product, places = own.product, facts.places
     makers = {
