@@ -335,38 +335,42 @@ def test_example_of_an_operator_refuses_what_it_cannot_do(registry):
     assert_same_function(g.model(), result, random_feeds(g.model()))
 
 
-def two_products(equation: str, weight: np.ndarray) -> ModelProto:
-    """Two layers of ``Einsum``, the first pruned, with a live bias in between."""
-    g = Graph()
-    y = g.op("Einsum", g.input("x", ["n", "length", 3]), weight, equation=equation)
+def two_products(first: np.ndarray, second: np.ndarray, **attributes: float) -> ModelProto:
+    """Two layers of ``TransposeMatMul``, with a live bias in between."""
+    g = Graph(domains={"com.microsoft": 1}, ir_version=9)
+    own = {"domain": "com.microsoft", **attributes}
+    y = g.op("TransposeMatMul", g.input("x", ["n", "length", 3]), first, **own)
     y = g.op("Relu", g.op("Add", y, g.normal(16)))
-    y = g.op("Einsum", y, g.normal(16, 5), equation="b s i , i o -> b s o")
-    g.output(y)
+    g.output(g.op("TransposeMatMul", y, second, **own))
     return g.model()
 
 
-def test_example_of_an_operator_with_weights(registry):
-    weight = pruned(np.random.default_rng(0).standard_normal((3, 16)), range(6), axis=1)
-    model = two_products("bsi,io->bso", weight.astype(np.float32))
+@pytest.mark.parametrize("turned", [0, 1])
+def test_example_of_an_operator_with_weights(registry, turned):
+    random = np.random.default_rng(0)
+    first = pruned(random.standard_normal((16, 3)).astype(np.float32), range(6))
+    second = random.standard_normal((5, 16)).astype(np.float32)
+    weights = (first, second) if turned else (first.T.copy(), second.T.copy())
+    model = two_products(*weights, transB=turned, alpha=0.7)
     _, report = onnx_simplify.simplify(model, channel_multiple=1)
-    assert [n.op for n in report.opaque] == ["Einsum", "Einsum"], "choose another example"
+    assert [n.op for n in report.opaque].count("TransposeMatMul") == 2, "choose another example"
     code = blocks("adding-an-operator.md", "python")
     execute(code)
     result, report = onnx_simplify.simplify(model, channel_multiple=1)
     assert not report.opaque and [layer.removed for layer in report.layers] == [6, 0]
     assert_same_function(model, result, random_feeds(model))
-    example = next(block.text for block in code if "MatrixProduct" in block.text)
+    example = next(block.text for block in code if "class TransposeMatMul" in block.text)
     assert example.count("\n") < 40
 
 
-@pytest.mark.parametrize("equation, shape", [("bsi,oi->bso", (16, 3)), ("bsi,si->bs", (1, 3))])
-def test_what_the_example_with_weights_leaves_alone(registry, equation, shape):
+def test_what_the_example_with_weights_leaves_alone(registry):
     execute(blocks("adding-an-operator.md", "python"))
-    g = Graph()
-    x = g.input("x", ["n", shape[0] if equation.endswith("bs") else 4, 3])
-    g.output(g.op("Einsum", x, g.normal(*shape), equation=equation))
+    g = Graph(domains={"com.microsoft": 1}, ir_version=9)
+    x = g.input("x", ["n", 3, 4])
+    y = g.op("TransposeMatMul", x, g.normal(3, 5), transA=1, domain="com.microsoft")
+    g.output(y, shape=["n", 4, 5])
     result, report = onnx_simplify.simplify(g.model())
-    assert [n.reason for n in report.opaque] == ["not a matrix product"]
+    assert [n.reason for n in report.opaque] == ["not a product with a constant matrix behind"]
     assert_same_function(g.model(), result, random_feeds(g.model()))
 
 

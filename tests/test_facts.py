@@ -54,6 +54,11 @@ def shuffled(g: Graph, x: str) -> str:
     return g.op("Reshape", x, ints(g, 1, 6, 4, 4))
 
 
+def grid(g: Graph) -> np.ndarray:
+    """Places to look at, some of them outside."""
+    return g.rng.uniform(-1.5, 1.5, (1, 4, 4, 2)).astype(np.float32)
+
+
 def transposed(g: Graph, x: str) -> str:
     weight = pruned(g.normal(6, 6, 2, 2), [0], axis=1)
     return g.op("ConvTranspose", x, weight, strides=[2, 2])
@@ -127,6 +132,25 @@ ROWS = {
         "..c..",
         "nnnnnn",
     ),
+    "FusedMatMul": Row(
+        lambda g, x, y: g.op(
+            *("FusedMatMul", last(g, x), pruned(g.normal(5, 6), [2])),
+            domain="com.microsoft",
+            transB=1,
+            alpha=0.5,
+        ),
+        "-----",
+        "..c..",
+        "nnnnnn",
+    ),
+    "Einsum": Row(
+        lambda g, x, y: g.op("Einsum", x, pruned(g.normal(5, 6), [2]), equation="bchw, oc -> bohw"),
+        "-----",
+        "..c..",
+        "nnnnnn",
+    ),
+    "GridSample": Row(lambda g, x, y: g.op("GridSample", x, grid(g), padding_mode="border"), *SAME),
+    "GridSample over zeros": Row(lambda g, x, y: g.op("GridSample", x, grid(g)), *MAPS),
     "GlobalAveragePool": Row(lambda g, x, y: g.op("GlobalAveragePool", x), *SAME),
     "MaxPool": Row(lambda g, x, y: g.op("MaxPool", x, kernel_shape=[3, 3], pads=[1] * 4), *SAME),
     "AveragePool": Row(lambda g, x, y: g.op("AveragePool", x, kernel_shape=[2, 2]), *SAME),

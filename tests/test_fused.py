@@ -170,3 +170,75 @@ def test_what_was_observed_is_not_written():
         "ReduceProd",
     ]
     assert_same_function(model, result, random_feeds(model, n=3, h=13, w=7))
+
+
+EQUATIONS = {
+    "bsi,io->bso": (["n", "t", 8], (8, 6)),
+    "bsi,oi->bso": (["n", "t", 8], (6, 8)),
+    "io,bsi->bso": (["n", "t", 8], (8, 6)),
+    "bchw,oc->bohw": (["n", 8, "h", "w"], (6, 8)),
+    "bchw,co->bhwo": (["n", 8, "h", "w"], (8, 6)),
+    "i b s, i o -> b o s": ([8, "n", "t"], (8, 6)),
+}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    equation=st.sampled_from(sorted(EQUATIONS)),
+    dead=st.sets(st.integers(0, 7), max_size=6),
+    gone=st.sets(st.integers(0, 5), max_size=4),
+)
+def test_products_as_einsum(seed, equation, dead, gone):
+    """Constants are absorbed, and channels go on both sides, wherever the axes are."""
+    g = Graph(seed=seed)
+    shape, sizes = EQUATIONS[equation]
+    x = g.input("x", shape)
+    terms, _, output = equation.replace(" ", "").partition("->")
+    data, matrix = sorted(terms.split(","), key=len, reverse=True)
+    letter = next(c for c in matrix if c in data)
+    axis, rank = data.index(letter), len(data)
+    column = [-1 if a == axis else 1 for a in range(rank)]
+    keep = np.array([k not in dead for k in range(8)], np.float32).reshape(column)
+    x = g.op("Relu", g.op("Add", g.op("Mul", x, keep), g.normal(8).reshape(column)))
+    weight = g.normal(*sizes)
+    weight[(slice(None),) * (1 - matrix.index(letter)) + (sorted(gone),)] = 0
+    operands = (x, weight) if terms.index(",") > 2 else (weight, x)
+    y = g.op("Einsum", *operands, equation=equation)
+    made = next(c for c in matrix if c not in data)
+    g.output(g.op("Relu", y), shape=[f"d{k}" for k in range(len(output))])
+    model = g.model()
+    result, report = simplify(model, channel_multiple=1)
+    assert not report.opaque and made in output
+    assert_same_function(model, result, random_feeds(model, n=2, t=5, h=6, w=7))
+
+
+def test_layers_of_einsum_lose_channels():
+    g = Graph()
+    y = g.op(
+        "Einsum", g.input("x", ["n", 3, "h", "w"]), layer_of_einsum(g), equation="bchw,oc->bohw"
+    )
+    y = g.op("Relu", g.op("Add", y, g.normal(24, 1, 1)))
+    g.output(g.op("Einsum", y, g.normal(24, 5), equation="bchw,co->bohw"))
+    model = g.model()
+    result, report = simplify(model, channel_multiple=1)
+    assert report.channels_removed == len(DEAD)
+    assert_same_function(model, result, random_feeds(model, n=2, h=6, w=7))
+
+
+def layer_of_einsum(g: Graph) -> np.ndarray:
+    return pruned(g.normal(24, 3), DEAD)
+
+
+@pytest.mark.parametrize("mode, live", [("zeros", 24), ("border", 12)])
+def test_channels_go_through_looking_up(mode, live):
+    """Behind a border that goes on, constants stay constant; zeros do in any case."""
+    g = Graph()
+    places = g.input("places", ["n", "k", "l", 2])
+    x = layer(g, g.input("x", ["n", 3, "h", "w"]), 3)
+    y = g.op("GridSample", x, places, padding_mode=mode)
+    g.output(g.conv(y, g.normal(5, 24, 1, 1)))
+    model = g.model()
+    result, report = simplify(model, channel_multiple=1)
+    assert report.layers[0].outputs_after <= live
+    assert_same_function(model, result, random_feeds(model, n=2, h=6, w=7, k=4, l=3))

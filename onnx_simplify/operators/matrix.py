@@ -8,8 +8,9 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.layouts import Layouts, Unsupported
+from onnx_simplify.graph.expressions import Dim
 from onnx_simplify.operators.contraction import Contraction, Put, Wiring
-from onnx_simplify.operators.interfaces import Removal
+from onnx_simplify.operators.interfaces import KnownSizes, Removal
 from onnx_simplify.operators.nodes import (
     constant_shape,
     has_input,
@@ -111,3 +112,90 @@ class MatMul(Contraction):
             self.outputs[0],
             result.reshape([outputs if a == axis else 1 for a in range(source.ndim)]),
         )
+
+
+class FusedMatMul(MatMul):
+    """``FusedMatMul`` of onnxruntime with a constant matrix behind: ``alpha * A * B'``.
+
+    https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
+    """
+
+    @cached_property
+    def wiring(self) -> Wiring:
+        """B on input 1; A and batches as they are."""
+        turned = any(self.attrs.get(n, 0) for n in ("transA", "transBatchA", "transBatchB"))
+        wiring = super().wiring
+        if turned or wiring.weight != 1:
+            raise Unsupported("operands are transposed")
+        return wiring
+
+    def shapes(self, known: KnownSizes) -> list[list[Dim | None]]:
+        """The last size is the product's; of other operands nothing is said."""
+        source, weight = known.shape(self.inputs[0]), known.shape(self.inputs[1])
+        turned = any(self.attrs.get(n, 0) for n in ("transA", "transBatchA", "transBatchB"))
+        if turned or len(weight) != 2 or len(source) < 2:
+            return []
+        return [[*source[:-1], weight[0 if self.attrs.get("transB", 0) else 1]]]
+
+    def to_canonical(self, weight: np.ndarray) -> np.ndarray:
+        """Outputs first."""
+        return (weight if self.attrs.get("transB", 0) else weight.T)[None]
+
+    def from_canonical(self, weight: np.ndarray) -> np.ndarray:
+        """Inverse."""
+        return weight[0] if self.attrs.get("transB", 0) else weight[0].T
+
+    def column_axis(self) -> int:
+        """The axis that is contracted."""
+        return 1 if self.attrs.get("transB", 0) else 0
+
+    def scale(self) -> float:
+        """The factor alpha in front of the product."""
+        return float(self.attrs.get("alpha", 1.0))
+
+
+class Einsum(Contraction):
+    """``Einsum`` of data and a constant matrix that contracts one axis of the data.
+
+    One letter of the data, the inputs, makes way for another, the outputs; the others pass through:
+    ``bsi,io->bso`` is a matrix product, ``bchw,oc->bohw`` a 1x1 convolution.
+
+    https://onnx.ai/onnx/operators/onnx__Einsum.html
+    """
+
+    @cached_property
+    def _terms(self) -> tuple[int, str, str, str]:
+        """Which input the matrix is, and the letters of data, matrix and output."""
+        left, arrow, output = self.attrs["equation"].replace(" ", "").partition("->")
+        terms = left.split(",")
+        places = [k for k, t in enumerate(self.inputs) if isinstance(t, gs.Constant)]
+        if not arrow or len(terms) != 2 or len(places) != 1 or "." in left:
+            raise Unsupported("not a product with a constant matrix")
+        (place,) = places
+        data, matrix = terms[1 - place], terms[place]
+        if any(len(set(t)) < len(t) for t in (data, matrix, output)) or len(matrix) != 2:
+            raise Unsupported("not a product with a constant matrix")
+        return place, data, matrix, output
+
+    @cached_property
+    def wiring(self) -> Wiring:
+        """The letter that is contracted, and the one that takes its place."""
+        place, data, matrix, output = self._terms
+        inputs, outputs = set(matrix) & set(data), set(matrix) - set(data)
+        if len(inputs) != 1 or set(output) != (set(data) - inputs) | outputs:
+            raise Unsupported("not a product with a constant matrix")
+        (source,), (result,) = inputs, outputs
+        return Wiring(1 - place, place, None, 1, data.index(source), output.index(result))
+
+    def to_canonical(self, weight: np.ndarray) -> np.ndarray:
+        """Outputs first."""
+        return (weight if self.column_axis() == 1 else weight.T)[None]
+
+    def from_canonical(self, weight: np.ndarray) -> np.ndarray:
+        """Inverse."""
+        return weight[0] if self.column_axis() == 1 else weight[0].T
+
+    def column_axis(self) -> int:
+        """The axis that is contracted."""
+        _, data, matrix, _ = self._terms
+        return 1 if matrix[1] in data else 0

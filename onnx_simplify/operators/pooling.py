@@ -225,6 +225,29 @@ def _scaled(size: Dim, scale: float) -> Dim | None:
     return floor_quotient(product([size, exact.numerator]), exact.denominator)
 
 
+class Sampled(Spatial):
+    """``GridSample``, ``RoiAlign`` and ``MaxRoiPool``: looked up at places that are computed.
+
+    https://onnx.ai/onnx/operators/onnx__GridSample.html
+    https://onnx.ai/onnx/operators/onnx__RoiAlign.html
+    """
+
+    def accounts_for(self) -> Collection[int]:
+        """The places."""
+        return range(len(self.inputs))
+
+    def keeps_uniform(self, facts: KnownFacts) -> bool:
+        """Beyond the border there are zeros, unless what is at the border goes on."""
+        return self.attrs.get("padding_mode", "zeros") != "zeros"
+
+    def level(self, facts: KnownFacts) -> Masks:
+        """What differs from place to place varies with places that are computed."""
+        (level,) = super().level(facts)
+        if level is not None and any(is_computed(self.node, k) for k in range(1, len(self.inputs))):
+            level = np.where(level == MAP, VARYING, level)
+        return [level]
+
+
 class Pad(Operator):
     """``Pad`` with known amounts (https://onnx.ai/onnx/operators/onnx__Pad.html)."""
 
