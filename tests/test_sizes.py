@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx import helper, numpy_helper
 
 from build import Graph, assert_same_function, count, pruned, random_feeds
 from onnx_simplify import simplify
@@ -137,3 +139,62 @@ def test_padding_in_front_of_convolutions(seed, amounts, own, value, mode, reade
     zeros = mode == "constant" and not value and min(amounts) >= 0
     assert count(result, "Pad") == (0 if zeros and seed % 3 else 1)
     assert_same_function(model, result, random_feeds(model, n=2, h=10, w=7))
+
+
+def branch(name: str, *nodes: onnx.NodeProto, result: str = "r", **weights: np.ndarray):
+    """The body of an ``If``."""
+    return helper.make_graph(
+        list(nodes),
+        name,
+        [],
+        [helper.make_tensor_value_info(result, 1, None)],
+        [numpy_helper.from_array(array, key) for key, array in weights.items()],
+    )
+
+
+def squeezing(g: Graph, x: str, axis: int) -> str:
+    """What torchscript writes for a ``squeeze``: it depends on the size whether there is one."""
+    size = g.op("Gather", g.op("Shape", x), np.array(axis), axis=0)
+    single = g.op("Equal", size, np.array(1))
+    axes = helper.make_node("Constant", [], ["axes"], value_ints=[axis])
+    then = branch("then", axes, helper.make_node("Squeeze", [x, "axes"], ["r"]))
+    other = branch("else", helper.make_node("Identity", [x], ["r"]))
+    return g.op("If", single, then_branch=then, else_branch=other)
+
+
+@pytest.mark.parametrize("width", [1, "w"])
+@pytest.mark.parametrize("free", [False, True])
+def test_branches_that_are_known_are_inlined(width, free):
+    """Channels go through them; names that both bodies use are kept apart."""
+    g = Graph()
+    x = g.input("x", ["n", 3, "h", width] if free else [2, 3, 8, width])
+    x = g.op("Relu", g.conv(x, pruned(g.normal(8, 3, 1, 1), range(0, 8, 2)), g.normal(8)))
+    y = squeezing(g, x, 3)
+    if width == 1:
+        y = squeezing(g, g.op("ReduceMax", y, axes=[2], keepdims=1), 2)
+        g.output(g.gemm(y, g.normal(5, 8), g.normal(5)), shape=["n", 5])
+    else:
+        g.output(g.op("Relu", y), shape=["n", 8, "h", "w"])
+    model = g.model()
+    result, report = simplify(model, channel_multiple=1)
+    assert count(result, "If") == (0 if width == 1 else 1)
+    assert report.channels_removed == (4 if width == 1 else 0)
+    assert_same_function(model, result, random_feeds(model, n=3, h=7, w=5))
+
+
+@pytest.mark.parametrize("flag", [False, True])
+def test_conditions_that_are_stored(flag):
+    """Bodies with weights of their own, of outer ones, and of a result from outside."""
+    g = Graph()
+    x = g.conv(g.input("x", ["n", 3, "h", "w"]), pruned(g.normal(8, 3, 1, 1), [1, 4]), g.normal(8))
+    weight = g.normal(8, 8, 1, 1)
+    then = branch("then", helper.make_node("Conv", [x, "w"], ["r"]), w=weight)
+    other = branch("else", helper.make_node("Identity", [x], ["r"]))
+    y = g.op("If", np.array(flag), then_branch=then, else_branch=other)
+    w = branch("then", helper.make_node("Conv", [y, "w"], ["r"]), w=weight + 1)
+    y = g.op("If", np.array(True), then_branch=w, else_branch=w)
+    g.output(g.op("Relu", y))
+    model = g.model()
+    result, report = simplify(model, channel_multiple=1)
+    assert count(result, "If") == 0 and report.channels_removed >= 2
+    assert_same_function(model, result, random_feeds(model, n=3, h=7, w=5))

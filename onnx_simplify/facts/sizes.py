@@ -106,6 +106,14 @@ class Sizes:
             return None
         return np.array(np.asarray(tensor.values).tolist(), object).reshape(tensor.shape)
 
+    def truth(self, tensor: gs.Tensor) -> bool | None:
+        """Whether a single truth that follows from sizes holds; None if that is not known."""
+        values = self.integers.get(tensor.name)
+        if values is None or values.size != 1:
+            return None
+        (found,) = values.ravel()
+        return found if isinstance(found, bool) else None
+
     def _follow(self, op: Operator) -> None:
         outputs = op.outputs
         known = [self._known(self._inferred.get(t.name)) for t in outputs]

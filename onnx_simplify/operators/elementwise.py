@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from typing import Any
 
 import numpy as np
 import onnx
@@ -62,6 +63,25 @@ def _equal(left: Entry, right: Entry) -> bool | None:
     return False if len(numbers) == 2 or any(v < 1 for v in numbers) else None
 
 
+def _truth(value: Entry) -> bool | None:
+    """Whether a number is not zero."""
+    return bool(value) if isinstance(value, int) else None
+
+
+def _both(left: Entry, right: Entry) -> bool | None:
+    """Whether two truths hold."""
+    if left is False or right is False:
+        return False
+    return True if left is True and right is True else None
+
+
+def _either(left: Entry, right: Entry) -> bool | None:
+    """Whether one of two truths holds."""
+    if left is True or right is True:
+        return True
+    return False if left is False and right is False else None
+
+
 def _picked(condition: Entry, left: Entry, right: Entry) -> Entry:
     """One of two."""
     if isinstance(condition, (bool, int)):
@@ -94,7 +114,9 @@ ARITHMETIC: dict[str, Callable[..., Entry]] = {
     "Max": _largest,
     "Min": _smallest,
     "Equal": _equal,
-    "Not": lambda value: None if value is None else not value,
+    "Not": lambda value: not value if isinstance(value, bool) else None,
+    "And": _both,
+    "Or": _either,
     "Where": _picked,
     "Identity": lambda value: value,
     "Cast": lambda value: value,
@@ -134,8 +156,10 @@ class Elementwise(Operator):
         rule = ARITHMETIC.get(self.node.op)
         if rule is None or self.node.domain:
             return []
-        operands = [known.values(t) for t in self.inputs if t.name]
-        if self.node.op == "Cast" and self.attrs.get("to") not in _INTEGERS:
+        operands: list[Any] = [known.values(t) for t in self.inputs if t.name]
+        if self.node.op == "Cast" and self.attrs.get("to") == onnx.TensorProto.BOOL:
+            rule = _truth
+        elif self.node.op == "Cast" and self.attrs.get("to") not in _INTEGERS:
             return []
         if not operands or any(o is None for o in operands):
             return []

@@ -19,6 +19,7 @@ from onnx_simplify.graph.model import Model
 from onnx_simplify.graph.quantized import QuantizedConstant
 from onnx_simplify.operators.elementwise import has_mask, is_inference_dropout
 from onnx_simplify.passes.fused import write_out
+from onnx_simplify.passes.inline_ifs import inline_ifs
 from onnx_simplify.runtime.session import run_nodes
 
 # A folded constant may be larger than its operands together by this many bytes.
@@ -34,6 +35,8 @@ _NOT_FOLDED = frozenset(
 def clean(model: Model) -> None:
     """Normalise the model, in place."""
     _constants(model)
+    if inline_ifs(model):
+        _constants(model)
     write_out(model)
     _drop_masks(model)
     _drop_ones(model)

@@ -21,7 +21,8 @@ from onnx_simplify.facts.sizes import Sizes, settle
 from onnx_simplify.graph.edit import consumers, drop_unused
 from onnx_simplify.graph.model import Model
 from onnx_simplify.graph.traits import SELECTS
-from onnx_simplify.passes.clean import fold_constants
+from onnx_simplify.passes.clean import clean, fold_constants
+from onnx_simplify.passes.inline_ifs import inline_ifs
 from onnx_simplify.runtime.disputes import settle_disputes
 from onnx_simplify.runtime.inputs import Feeds
 from onnx_simplify.runtime.observed import is_foreign, observe_sizes
@@ -39,6 +40,10 @@ def fold_shapes(model: Model, input_shapes: Mapping[str, Sequence[int]] | None =
     """
     for _ in range(_ROUNDS):
         sizes = settle(model, input_shapes)
+        taken = inline_ifs(model, sizes.truth)
+        if taken:
+            clean(model)
+            continue
         if not _replace_known(model, sizes):
             return
         fold_constants(model)
