@@ -11,6 +11,8 @@ from onnx import helper, numpy_helper
 
 from build import Graph, assert_same_function, count, pruned, random_feeds
 from onnx_simplify import simplify
+from onnx_simplify.errors import RunError
+from onnx_simplify.facts.sizes import Sizes
 from onnx_simplify.graph import expressions
 from onnx_simplify.graph.expressions import (
     ceil_quotient,
@@ -21,6 +23,12 @@ from onnx_simplify.graph.expressions import (
     product,
     total,
 )
+from onnx_simplify.graph.load import load
+from onnx_simplify.passes.clean import clean
+from onnx_simplify.passes.fold_shapes import settle_sizes
+from onnx_simplify.runtime.session import Session
+from random_graphs import random_feeds as random_graph_feeds
+from random_graphs import random_model
 
 SYMBOLS = ("h", "w", "n", "h + 1", "floor((h + 1)/2)", "'n'")
 STEPS = st.lists(
@@ -198,3 +206,152 @@ def test_conditions_that_are_stored(flag):
     result, report = simplify(model, channel_multiple=1)
     assert count(result, "If") == 0 and report.channels_removed >= 2
     assert_same_function(model, result, random_feeds(model, n=3, h=7, w=5))
+
+
+def check_claims(model: onnx.ModelProto, feeds: list[dict[str, np.ndarray]]) -> int:
+    """Compare all sizes and integers that are said of a model with what runs show; how many."""
+    working = load(model)
+    clean(working)
+    settle_sizes(working, ())
+    sizes = Sizes(working)
+    names = [
+        t.name
+        for node in working.graph.nodes
+        for t in node.outputs
+        if t.name and sizes.shapes.get(t.name) is not None
+    ]
+    if not names:
+        return 0
+    session = Session(working, names)
+    checked = 0
+    for feed in feeds:
+        try:
+            found = session.run(feed, names)
+        except RunError:  # not every size goes with every graph
+            continue
+        symbols = {
+            d: size
+            for t in working.graph.inputs
+            if t.name in feed
+            for d, size in zip(sizes.shapes[t.name] or (), feed[t.name].shape, strict=True)
+            if isinstance(d, str)
+        }
+
+        def value(dim: object, symbols: dict[str, int] = symbols) -> object:
+            try:
+                return evaluate(dim, symbols.__getitem__) if isinstance(dim, str) else dim
+            except KeyError:  # stands for nothing but itself
+                return None
+
+        for name, array in zip(names, found, strict=True):
+            claim = sizes.shapes[name]
+            assert len(claim) == array.ndim, name
+            for said, actual in zip(map(value, claim), array.shape, strict=True):
+                # Slices are taken to leave something; what is empty goes nowhere.
+                assert said in (None, actual) or not array.size, (name, claim, array.shape)
+                checked += said is not None
+            known = sizes.integers.get(name)
+            if known is not None and array.size:
+                for said, actual in zip(map(value, known.ravel()), array.ravel(), strict=True):
+                    assert said is None or said == actual, (name, known, array)
+                    checked += said is not None
+    return checked
+
+
+def window(op: str, **attributes: object):
+    """A sliding window over pictures."""
+    return lambda g, x, y: g.op(op, x, **attributes)
+
+
+def weights(g: Graph, kernel: int) -> np.ndarray:
+    return g.normal(3, 3, kernel, kernel)
+
+
+ENDS = (-(2**31), -7, -3, -2, -1, 0, 1, 2, 5, 2**31 - 1)
+# Operators at which a size is easily said wrong.
+HOSTILE = {
+    "broadcast of two symbols": lambda g, x, y: g.op("Add", g.op("Transpose", x), y),
+    "ceil pooling": window("MaxPool", kernel_shape=[3, 2], strides=[2, 3], ceil_mode=1),
+    "pooling": window("MaxPool", kernel_shape=[3, 2], strides=[2, 3], pads=[1, 0, 1, 1]),
+    "dilated pooling": window("MaxPool", kernel_shape=[2, 3], dilations=[2, 1]),
+    "average pooling": window("AveragePool", kernel_shape=[2, 2], strides=[2, 2]),
+    "pooling, same": window("MaxPool", kernel_shape=[3, 2], strides=[2, 3], auto_pad="SAME_LOWER"),
+    "pooling, valid": window("AveragePool", kernel_shape=[3, 2], auto_pad="VALID"),
+    "convolution": lambda g, x, y: g.conv(x, weights(g, 3), strides=[2, 3], pads=[1, 0, 2, 1]),
+    "dilated convolution": lambda g, x, y: g.conv(x, weights(g, 2), dilations=[3, 2]),
+    "convolution, same": lambda g, x, y: g.conv(
+        x, weights(g, 3), strides=[2, 3], auto_pad="SAME_UPPER"
+    ),
+    "transposed": lambda g, x, y: g.op("ConvTranspose", x, weights(g, 3), strides=[2, 3]),
+    "transposed, padded": lambda g, x, y: g.op(
+        "ConvTranspose", x, weights(g, 4), strides=[3, 2], pads=[1, 0, 2, 1], output_padding=[1, 0]
+    ),
+    "transposed, same": lambda g, x, y: g.op(
+        "ConvTranspose", x, weights(g, 3), strides=[2, 2], auto_pad="SAME_UPPER"
+    ),
+    "crop": lambda g, x, y: g.op("Pad", x, np.array([0, 0, -1, 2, 0, 0, 3, -2])),
+    "concatenation": lambda g, x, y: g.op("Concat", x, x, g.op("Relu", x), axis=3),
+    "shape and back": lambda g, x, y: g.op("Reshape", x, g.op("Shape", x)),
+    "flat": lambda g, x, y: g.op("Reshape", x, np.array([0, -1])),
+    "flattened": lambda g, x, y: g.op("Flatten", x, axis=2),
+    "halves": lambda g, x, y: g.op("Div", g.op("Shape", x), np.array([1, 2, 2, 3])),
+    "remainders": lambda g, x, y: g.op("Mod", g.op("Shape", x), np.array([1, 2, 2, 3])),
+    "differences": lambda g, x, y: g.op("Sub", g.op("Shape", x), g.op("Shape", y)),
+    "products": lambda g, x, y: g.op("Mul", g.op("Shape", x), g.op("Shape", y)),
+    "largest": lambda g, x, y: g.op("Max", g.op("Shape", x), np.array([0, 5, -1, 9])),
+    "smallest": lambda g, x, y: g.op("Min", g.op("Shape", x), g.op("Shape", y)),
+    "count": lambda g, x, y: g.op("Size", x),
+    "product": lambda g, x, y: g.op("ReduceProd", g.op("Shape", x), axes=[0], keepdims=0),
+    "made": lambda g, x, y: g.op("ConstantOfShape", g.op("Shape", x)),
+    "expanded": lambda g, x, y: g.op("Expand", np.ones((1, 1), "f"), g.op("Shape", x)),
+    "repeated": lambda g, x, y: g.op("Tile", x, np.array([2, 1, 1, 3])),
+    "blocks": lambda g, x, y: g.op(
+        "DepthToSpace", g.op("Tile", x, np.array([1, 4, 1, 1])), blocksize=2
+    ),
+    "equal or not": lambda g, x, y: g.op(
+        "Where",
+        g.op("Equal", g.op("Shape", x), g.op("Shape", y)),
+        *(g.op("Shape", x), g.op("Neg", g.op("Shape", y))),
+    ),
+    "resized to sizes": lambda g, x, y: g.op(
+        "Resize", x, "", "", g.op("Mul", g.op("Shape", x), np.array([1, 1, 2, 3]))
+    ),
+} | {
+    f"resized by {scale}": lambda g, x, y, scale=scale: g.op(
+        "Resize", x, "", np.array([1, 1, scale, 1 / scale], "f"), mode="nearest"
+    )
+    for scale in (0.3, 0.5, 0.75, 1.5, 2.0, 2.6, 3.0)
+} | {
+    f"split in {parts}": lambda g, x, y, parts=parts: g.op("Split", x, axis=2, outputs=parts)[-1]
+    for parts in (2, 3)
+} | {
+    f"slice {start}:{end}:{step}": lambda g, x, y, bounds=(start, end, step): g.op(
+        "Slice", x, *(np.array([v]) for v in (bounds[0], bounds[1], 3, bounds[2]))
+    )
+    for start in ENDS
+    for end in ENDS
+    for step in (1, 2, 3, -1, -2)
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_sizes_are_true(name):
+    g = Graph()
+    x, y = g.input("x", ["n", 3, "h", "w"]), g.input("y", ["m", 3, "w", "h"])
+    g.output(HOSTILE[name](g, x, y))
+    model = g.model()
+    random = np.random.default_rng(0)
+    feeds = [
+        {
+            "x": random.standard_normal((n, 3, h, w)).astype(np.float32),
+            "y": random.standard_normal((m, 3, w, h)).astype(np.float32),
+        }
+        for n, m, h, w in ((1, 1, 8, 8), (2, 1, 9, 12), (1, 3, 12, 7), (2, 2, 5, 6), (3, 3, 16, 15))
+    ]
+    check_claims(model, feeds)
+
+
+@pytest.mark.parametrize("seed", range(0, 60, 3))
+def test_sizes_of_random_graphs_are_true(seed):
+    model = random_model(seed)
+    check_claims(model, [random_graph_feeds(model, k) for k in range(4)])

@@ -297,13 +297,15 @@ def _sliced(size: Dim | None, start: int, end: int, step: int) -> Dim | None:
     """The size of a slice of a dynamic axis that is long enough not to end before it begins."""
     if step == -1 and start in (-1, _LAST) and end < -(2**31) + 2:
         return size
-    if step < 1 or start < 0 or 0 <= end < 2**31 - 1:
+    if step < 1 or not 0 <= start <= _EDGE or not (-_EDGE <= end < 0 or end >= _LAST):
         return None
     # All of it, from the start on, up to the end or so many before it.
     return ceil_quotient(total([size, -start, end if end < 0 else 0]), step)
 
 
 _LAST = 2**31 - 1
+# So much may be cut off at either end of what is taken to be longer than that.
+_EDGE = 64
 
 
 class Gather(Movement):
