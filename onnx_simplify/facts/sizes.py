@@ -204,7 +204,10 @@ class Sizes:
             )
         except Exception:  # then this witness knows nothing
             return {}
-        return {name: shape_of(kind, self._symbol) for name, kind in found.items()}
+        inferred = {name: shape_of(kind, self._symbol) for name, kind in found.items()}
+        for name in self._model.disputed & inferred.keys():
+            inferred[name] = Inferred(inferred[name].dtype, None)
+        return inferred
 
     def _symbol(self) -> str:
         """A symbol for a size of which nothing is known."""
