@@ -75,7 +75,8 @@ def windowed(node: gs.Node, sizes: list[Dim], kernel: list[int]) -> list[Dim | N
     """The number of places of a sliding window; None where it is not known.
 
     floor((size + padding - reach) / stride) + 1, where the window reaches over
-    ``dilation * (kernel - 1) + 1`` elements; with automatic padding, ceil(size / stride).
+    ``dilation * (kernel - 1) + 1`` elements; with automatic padding, ceil(size / stride). For sizes
+    into which the window fits: onnxruntime rounds what is negative up.
     """
     rank = len(sizes)
     pads = attr_ints(node, "pads", [0] * 2 * rank)
