@@ -59,6 +59,11 @@ def grid(g: Graph) -> np.ndarray:
     return g.rng.uniform(-1.5, 1.5, (1, 4, 4, 2)).astype(np.float32)
 
 
+def heads(g: Graph, x: str) -> str:
+    """Three heads of two channels, ``[1, 3, 16, 2]``."""
+    return g.op("Transpose", g.op("Reshape", x, ints(g, 1, 3, 2, 16)), perm=[0, 1, 3, 2])
+
+
 def transposed(g: Graph, x: str) -> str:
     weight = pruned(g.normal(6, 6, 2, 2), [0], axis=1)
     return g.op("ConvTranspose", x, weight, strides=[2, 2])
@@ -151,6 +156,17 @@ ROWS = {
     ),
     "GridSample": Row(lambda g, x, y: g.op("GridSample", x, grid(g), padding_mode="border"), *SAME),
     "GridSample over zeros": Row(lambda g, x, y: g.op("GridSample", x, grid(g)), *MAPS),
+    "Softmax": Row(
+        lambda g, x, y: g.op("Softmax", x, axis=3), "abcdef", ".m..m.", "n.....", ".m..m."
+    ),
+    "MatMul, mixing": Row(lambda g, x, y: g.op("MatMul", g.op("Softmax", y), x), *SAME),
+    "MatMul, scores": Row(
+        lambda g, x, y: g.op(
+            "MatMul", heads(g, x), g.op("Transpose", heads(g, y), perm=[0, 1, 3, 2])
+        ),
+        # Before anything is measured, a constant factor is taken for zero.
+        *("---", "...", "n....."),
+    ),
     "GlobalAveragePool": Row(lambda g, x, y: g.op("GlobalAveragePool", x), *SAME),
     "MaxPool": Row(lambda g, x, y: g.op("MaxPool", x, kernel_shape=[3, 3], pads=[1] * 4), *SAME),
     "AveragePool": Row(lambda g, x, y: g.op("AveragePool", x, kernel_shape=[2, 2]), *SAME),

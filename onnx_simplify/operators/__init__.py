@@ -13,6 +13,7 @@ import onnx_graphsurgeon as gs
 from onnx_simplify.graph.model import Model
 from onnx_simplify.graph.patterns import Patterns
 from onnx_simplify.operators import (
+    attention,
     convolution,
     elementwise,
     foreign,
@@ -52,7 +53,7 @@ def lookup(node: gs.Node) -> type[Operator]:
 
 def bind(node: gs.Node, patterns: Patterns | None = None) -> Operator:
     """A node with the rules of its operator, see :class:`Operator`."""
-    return lookup(node)(node, patterns)
+    return lookup(node).suited(node)(node, patterns)
 
 
 def contractions(model: Model) -> Iterator[Contraction]:
@@ -75,6 +76,7 @@ register(convolution.Convolution, "Conv")
 register(convolution.TransposedConvolution, "ConvTranspose")
 register(matrix.Gemm, "Gemm")
 register(matrix.MatMul, "MatMul")
+register(attention.Softmax, "Softmax", "LogSoftmax")
 register(matrix.Einsum, "Einsum")
 register(matrix.FusedMatMul, "FusedMatMul", domain=foreign.DOMAIN)
 register(quantization.Quantization, "QuantizeLinear", "DequantizeLinear")

@@ -44,6 +44,9 @@ class Operator:
     averages = False
     """Whether elements of the output come from many elements of the input, so that it rounds."""
 
+    carrier = 0
+    """The input that :meth:`passed` is about."""
+
     def __init__(self, node: gs.Node, patterns: Patterns | None = None, reason: str = ""):
         """Bind a node.
 
@@ -55,6 +58,11 @@ class Operator:
         self.node = node
         self.patterns = Patterns() if patterns is None else patterns
         self.reason = reason
+
+    @classmethod
+    def suited(cls, node: gs.Node) -> type[Operator]:
+        """The rules for a node of this family, if families share an operator."""
+        return cls
 
     @property
     def inputs(self) -> list[gs.Tensor]:
@@ -184,14 +192,14 @@ class Operator:
         return []
 
     def passed(self, facts: KnownFacts, values: np.ndarray) -> np.ndarray | None:
-        """What uniform constants of the first input become, if they come out as they are.
+        """What uniform constants of the :attr:`carrier` become, if they come out as they are.
 
         Computed from many elements, as means are, a constant can be off by more than rounding of a
         single operation, and differently for every size.
 
         Args:
             facts: what is known.
-            values: shaped like the layout of the first input.
+            values: shaped like the layout of that input.
 
         Returns:
             An array shaped like the layout of the output; None if values are computed.

@@ -6,7 +6,7 @@ Rules stand below facts and passes, so they know them by these interfaces only.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -37,6 +37,11 @@ class KnownFacts(Protocol):
 
     layouts: Layouts
     level: dict[str, np.ndarray]
+
+    @property
+    def producer(self) -> Mapping[str, Any]:
+        """The operator that computes each tensor, by the tensor's name."""
+        ...
 
     @property
     def needed(self) -> dict[str, np.ndarray]:

@@ -9,6 +9,8 @@ import onnx_graphsurgeon as gs
 
 from onnx_simplify.channels.layouts import Layouts, Unsupported
 from onnx_simplify.graph.expressions import Dim
+from onnx_simplify.operators.attention import LiveProduct
+from onnx_simplify.operators.base import Operator
 from onnx_simplify.operators.contraction import Contraction, Put, Wiring
 from onnx_simplify.operators.interfaces import KnownSizes, Removal
 from onnx_simplify.operators.nodes import (
@@ -71,6 +73,12 @@ class MatMul(Contraction):
 
     https://onnx.ai/onnx/operators/onnx__MatMul.html
     """
+
+    @classmethod
+    def suited(cls, node: gs.Node) -> type[Operator]:
+        """Of two operands that are computed, none holds weights."""
+        live = cls is MatMul and not any(isinstance(t, gs.Constant) for t in node.inputs)
+        return LiveProduct if live else cls
 
     @cached_property
     def wiring(self) -> Wiring:

@@ -50,7 +50,9 @@ def rewrite(plan: Plan) -> None:
     """
     facts = plan.facts
     model = facts.model
-    addends = [_addend(facts, own, plan.seen) for own in plan.absorptions]
+    # What stays though nobody needs it keeps its value: a factor of zero stays zero.
+    kept = np.ones_like(plan.seen) if plan.alive is None else plan.seen | plan.alive
+    addends = [_addend(facts, own, plan.seen, kept) for own in plan.absorptions]
     editor = Editor(model)
     for own in plan.absorptions:
         if own.stand_ins:
@@ -70,19 +72,21 @@ def rewrite(plan: Plan) -> None:
     drop_unused(model)
 
 
-def _addend(facts: Facts, own: Absorption, seen: np.ndarray) -> _Addend:
+def _addend(facts: Facts, own: Absorption, seen: np.ndarray, kept: np.ndarray) -> _Addend:
     """What the constants to be absorbed add now.
 
     Args:
         facts: measured facts.
         own: what is absorbed.
         seen: labels that stay; nobody looks at any other output.
+        kept: labels that are there in the end.
     """
     product = own.product
     scalar = own.absorb & own.scalar
     mapped = own.absorb & ~scalar & ~own.replaced
     visible = seen[product.channels(facts)[1]]
-    shift = product.response(np.where(scalar, own.values, own.offsets)) * visible
+    shift = product.response(np.where(scalar, own.values, own.offsets))
+    shift = shift * kept[product.channels(facts)[1]]
     if not mapped.any() or not visible.any():
         return _Addend(product, shift, None)
     addend = None

@@ -163,7 +163,9 @@ def _asked(facts: Facts) -> tuple[Questions, dict[str, list[Operator]]]:
     """All that a graph's facts lack, and the chains of nodes behind which some of it lies."""
     names = _wanted(facts)
     chains = _chains(facts, names)
-    names = dict.fromkeys([*names, *(chain[0].inputs[0].name for chain in chains.values())])
+    names = dict.fromkeys(
+        [*names, *(chain[0].inputs[chain[0].carrier].name for chain in chains.values())]
+    )
     inputs = facts.model.input_names
     return {n: facts.level[n] > VARYING for n in names if n not in inputs}, chains
 
@@ -206,12 +208,12 @@ def _chains(facts: Facts, names: Collection[str]) -> dict[str, list[Operator]]:
     for name in names:
         chain: list[Operator] = []
         op = facts.producer.get(name)
-        while op is not None and facts.has(op.inputs[0]):
-            zeros = np.zeros(facts.layouts.of[op.inputs[0].name].shape)
-            if op.passed(facts, zeros) is None:
+        while op is not None and op.inputs and facts.has(op.inputs[op.carrier]):
+            source = op.inputs[op.carrier].name
+            if op.passed(facts, np.zeros(facts.layouts.of[source].shape)) is None:
                 break
             chain.insert(0, op)
-            op = facts.producer.get(op.inputs[0].name)
+            op = facts.producer.get(source)
         if any(link.averages for link in chain):
             found[name] = chain
     return found
@@ -223,7 +225,7 @@ def _pass_on(facts: Facts, constants: Constants, name: str, chain: list[Operator
     Returns:
         Whether what was measured instead counts, and is off by more than a few roundings.
     """
-    source = chain[0].inputs[0].name
+    source = chain[0].inputs[chain[0].carrier].name
     if source not in constants.low or name not in constants.low:
         return False
     good = constants.agreement[source] & (facts.level[source] == UNIFORM)
