@@ -159,7 +159,11 @@ ROWS = {
     "Softmax": Row(
         lambda g, x, y: g.op("Softmax", x, axis=3), "abcdef", ".m..m.", "n.....", ".m..m."
     ),
-    "MatMul, mixing": Row(lambda g, x, y: g.op("MatMul", g.op("Softmax", y), x), *SAME),
+    "MatMul, mixing": Row(
+        # A constant row of weights is taken for zero, at first.
+        lambda g, x, y: g.op("MatMul", g.op("Softmax", y), x),
+        *("abcdef", ".c..c.", "n.....", ".c.cc."),
+    ),
     "MatMul, scores": Row(
         lambda g, x, y: g.op(
             "MatMul", heads(g, x), g.op("Transpose", heads(g, y), perm=[0, 1, 3, 2])
