@@ -19,7 +19,19 @@ from onnx_simplify.operators.nodes import (
 )
 
 
-class Gemm(Contraction):
+class Matrix(Contraction):
+    """A contraction whose weights are a matrix, stored either way: :meth:`column_axis` tells."""
+
+    def to_canonical(self, weight: np.ndarray) -> np.ndarray:
+        """Outputs first."""
+        return (weight if self.column_axis() == 1 else weight.T)[None]
+
+    def from_canonical(self, weight: np.ndarray) -> np.ndarray:
+        """Inverse."""
+        return weight[0] if self.column_axis() == 1 else weight[0].T
+
+
+class Gemm(Matrix):
     """``Gemm`` with constant B: ``alpha * A' * B' + beta * C``.
 
     https://onnx.ai/onnx/operators/onnx__Gemm.html
@@ -31,14 +43,6 @@ class Gemm(Contraction):
         if len(constant_shape(self.node, 1)) != 2:
             raise Unsupported("B is not an initializer")
         return Wiring(0, 1, 2, 1, 0 if self.attrs.get("transA", 0) else 1, 1)
-
-    def to_canonical(self, weight: np.ndarray) -> np.ndarray:
-        """Outputs first."""
-        return (weight if self.attrs.get("transB", 0) else weight.T)[None]
-
-    def from_canonical(self, weight: np.ndarray) -> np.ndarray:
-        """Inverse."""
-        return weight[0] if self.attrs.get("transB", 0) else weight[0].T
 
     def column_axis(self) -> int:
         """The axis that is contracted."""
@@ -68,7 +72,7 @@ class Gemm(Contraction):
         return float(self.attrs.get("beta", 1.0))
 
 
-class MatMul(Contraction):
+class MatMul(Matrix):
     """``MatMul`` with a constant matrix on either side.
 
     https://onnx.ai/onnx/operators/onnx__MatMul.html
@@ -91,14 +95,6 @@ class MatMul(Contraction):
                     break
                 return Wiring(data, weight, None, 1, axis, axis)
         raise Unsupported("no operand is a constant matrix")
-
-    def to_canonical(self, weight: np.ndarray) -> np.ndarray:
-        """Outputs first."""
-        return (weight.T if self.wiring.weight == 1 else weight)[None]
-
-    def from_canonical(self, weight: np.ndarray) -> np.ndarray:
-        """Inverse."""
-        return weight[0].T if self.wiring.weight == 1 else weight[0]
 
     def column_axis(self) -> int:
         """The axis that is contracted."""
@@ -145,14 +141,6 @@ class FusedMatMul(MatMul):
             return []
         return [[*source[:-1], weight[0 if self.attrs.get("transB", 0) else 1]]]
 
-    def to_canonical(self, weight: np.ndarray) -> np.ndarray:
-        """Outputs first."""
-        return (weight if self.attrs.get("transB", 0) else weight.T)[None]
-
-    def from_canonical(self, weight: np.ndarray) -> np.ndarray:
-        """Inverse."""
-        return weight[0] if self.attrs.get("transB", 0) else weight[0].T
-
     def column_axis(self) -> int:
         """The axis that is contracted."""
         return 1 if self.attrs.get("transB", 0) else 0
@@ -162,7 +150,7 @@ class FusedMatMul(MatMul):
         return float(self.attrs.get("alpha", 1.0))
 
 
-class Einsum(Contraction):
+class Einsum(Matrix):
     """``Einsum`` of data and a constant matrix that contracts one axis of the data.
 
     One letter of the data, the inputs, makes way for another, the outputs; the others pass through:
@@ -194,14 +182,6 @@ class Einsum(Contraction):
             raise Unsupported("not a product with a constant matrix")
         (source,), (result,) = inputs, outputs
         return Wiring(1 - place, place, None, 1, data.index(source), output.index(result))
-
-    def to_canonical(self, weight: np.ndarray) -> np.ndarray:
-        """Outputs first."""
-        return (weight if self.column_axis() == 1 else weight.T)[None]
-
-    def from_canonical(self, weight: np.ndarray) -> np.ndarray:
-        """Inverse."""
-        return weight[0] if self.column_axis() == 1 else weight[0].T
 
     def column_axis(self) -> int:
         """The axis that is contracted."""
