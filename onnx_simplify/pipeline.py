@@ -211,6 +211,7 @@ class _Task:
             model = _working_copy(self.original, options)
             model.keep_shared = keep_shared
             begun = start(model, options, _feeds(self.reference))
+            self.original.observed.update(model.observed)
         report = Report(before=self.before, after=self.before)
         report.input_shapes = self.shapes
         report.target = plan.name

@@ -55,7 +55,8 @@ class Sizes:
 
         Args:
             model: the model; it is not modified.
-            input_shapes: sizes to assume for graph inputs, in place of their declared ones.
+            input_shapes: sizes to assume for graph inputs, in place of their declared ones: those
+                of the first run, if any tensor was observed.
 
         Raises:
             ModelError: the graph contradicts itself.
@@ -65,6 +66,7 @@ class Sizes:
         self._better: dict[str, Dim] = {}
         self._fresh = 0
         self._unproved: set[str] = set()
+        self._assumed = bool(input_shapes)
         self.shapes: dict[str, list[Dim] | None] = {}
         self.types: dict[str, np.dtype | int] = {}
         self.integers: dict[str, np.ndarray] = {}
@@ -146,10 +148,13 @@ class Sizes:
 
     def _seen(self, name: str) -> Inferred:
         """What runs tell of a tensor; for inputs of one size only, it is so always."""
-        dtype, dims = self._model.observed[name]
+        found = self._model.observed[name]
+        if self._assumed:
+            # Sizes are assumed as they were in the first run.
+            return Inferred(found.dtype, list(found.first))
         if any(isinstance(d, str) for t in self._model.graph.inputs for d in self.shape(t)):
             self._unproved.add(name)
-        return Inferred(dtype, [self._symbol() if d is None else d for d in dims])
+        return Inferred(found.dtype, [self._symbol() if d is None else d for d in found.dims])
 
     def _enter(self, tensor: gs.Tensor, found: Inferred | None) -> None:
         self.shapes[tensor.name] = None if found is None else found.shape

@@ -11,6 +11,7 @@ from __future__ import annotations
 import mmap
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,21 @@ from onnx_simplify.graph.patterns import Patterns
 from onnx_simplify.graph.quantized import READERS, Quantized, QuantizedConstant, read_quantized
 
 
+@dataclass(frozen=True)
+class Observed:
+    """What runs tell of a tensor.
+
+    Attributes:
+        dtype: type of its elements.
+        dims: its sizes, whatever those of the inputs are; None where that cannot be told.
+        first: its sizes in the first run.
+    """
+
+    dtype: np.dtype
+    dims: list[int | str | None]
+    first: tuple[int, ...]
+
+
 class Model:
     """A model under transformation.
 
@@ -51,8 +67,7 @@ class Model:
         source_bytes: size of what the model was loaded from, external data included.
         aliases: new tensors that have the value of one that the model as loaded has, and which.
         patterns: which weights are zero.
-        observed: types and sizes of tensors that only runs tell, see
-            :mod:`onnx_simplify.runtime.observed`; sizes that are not known are None.
+        observed: what only runs tell of tensors, see :mod:`onnx_simplify.runtime.observed`.
         fused: outputs of nodes that were fused, see :mod:`onnx_simplify.passes.fused`.
         keep_shared: leave nodes alone whose weights others read, too, so that these need no copy.
         stand_in: run a float32 version of the model, see :mod:`onnx_simplify.runtime.widen`.
@@ -113,7 +128,7 @@ class Model:
         self.aliases: dict[str, str] = {}
         self.patterns = Patterns()
         self.fused: set[str] = set()
-        self.observed: dict[str, tuple[np.dtype, list[int | str | None]]] = {}
+        self.observed: dict[str, Observed] = {}
         self.stand_in = False
         self.disputed: frozenset[str] = frozenset()
         self.files: list[Path] = []

@@ -9,7 +9,7 @@ import numpy as np
 from onnx_simplify.errors import CannotVerifyError, RunError
 from onnx_simplify.facts.sizes import Sizes
 from onnx_simplify.graph.expressions import Dim, evaluate
-from onnx_simplify.graph.model import Model
+from onnx_simplify.graph.model import Model, Observed
 from onnx_simplify.graph.shapes import is_unknown
 from onnx_simplify.operators import Operator, lookup
 from onnx_simplify.runtime.inputs import Feeds
@@ -61,7 +61,7 @@ def observe_sizes(model: Model, runs: Sequence[Feeds], doubtful: Collection[str]
         if all(isinstance(a, np.ndarray) and a.ndim == arrays[0].ndim for a in arrays):
             shapes = [a.shape for a in arrays]
             dims = [_size(column, symbols, candidates) for column in zip(*shapes, strict=True)]
-            model.observed[name] = arrays[0].dtype, dims
+            model.observed[name] = Observed(arrays[0].dtype, dims, shapes[0])
     return bool(model.observed)
 
 
