@@ -5,8 +5,7 @@ Sizes have several witnesses, in this order:
 1. the rule of the node's operator (:meth:`Operator.shapes`), which computes with expressions;
 2. onnx's inference of the whole graph, which knows all standard operators, but gives a size that
    is no symbol of an input a symbol of its own;
-3. onnx's inference of the single node, where what is in front of it is known better by now.
-
+3. onnx's inference of the single node, where what is in front of it is known better by now;
 4. runs, of operators that nobody knows: see :mod:`onnx_simplify.runtime.observed`.
 
 A symbol that onnx's inference made up is replaced, wherever it occurs, by what a rule says of it.
@@ -31,10 +30,7 @@ from onnx_simplify.graph.expressions import Dim
 from onnx_simplify.graph.model import Model
 from onnx_simplify.graph.shapes import Inferred, infer_all, is_unknown, shape_of
 from onnx_simplify.operators import Operator, bind
-
-# Longer vectors are not shapes.
-_LONGEST = 64
-
+from onnx_simplify.operators.nodes import LONGEST
 
 # What a rule that goes wrong raises: then it knows nothing, which is always right.
 TOLERATED: tuple[type[Exception], ...] = (Exception,)
@@ -104,7 +100,7 @@ class Sizes:
         """The integers in a small tensor, as an array of objects; None if they are not followed."""
         if not isinstance(tensor, gs.Constant):
             return self.integers.get(tensor.name)
-        if np.dtype(tensor.dtype).kind != "i" or np.prod(tensor.shape) > _LONGEST:
+        if np.dtype(tensor.dtype).kind != "i" or np.prod(tensor.shape) > LONGEST:
             return None
         return np.array(np.asarray(tensor.values).tolist(), object).reshape(tensor.shape)
 
@@ -143,7 +139,7 @@ class Sizes:
         except TOLERATED:
             return
         for tensor, values in zip(outputs, results, strict=False):
-            if tensor.name and values is not None and values.size <= _LONGEST:
+            if tensor.name and values is not None and values.size <= LONGEST:
                 self.integers[tensor.name] = values
 
     def _seen(self, name: str) -> Inferred:

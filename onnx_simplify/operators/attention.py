@@ -33,9 +33,8 @@ class Softmax(Operator):
             Unsupported: before version 13, all axes from the given one on were one.
         """
         rank = len(layouts.shape(self.inputs[0]))
-        recent = layouts.model.opset >= 13
-        axis = int(self.attrs.get("axis", -1 if recent else 1)) % rank
-        if not recent and axis != rank - 1:
+        axis = _softmax_axis(self, layouts)
+        if layouts.model.opset < 13 and axis != rank - 1:
             raise Unsupported("softmax over several axes")
         return axis
 
@@ -55,6 +54,12 @@ class Softmax(Operator):
     def need(self, facts: KnownFacts, outputs: Masks) -> Masks:
         """Channel by channel."""
         return [outputs[0]]
+
+
+def _softmax_axis(op: Operator, layouts: Layouts) -> int:
+    """The axis that a softmax names, or the one that its version takes for it."""
+    default = -1 if layouts.model.opset >= 13 else 1
+    return int(op.attrs.get("axis", default)) % len(layouts.shape(op.inputs[0]))
 
 
 class LiveProduct(Operator):
@@ -140,9 +145,7 @@ class LiveProduct(Operator):
             maker = facts.producer.get(maker.inputs[0].name)
         if maker is None or maker.node.op != "Softmax" or maker.node.domain or maker.is_opaque:
             return False
-        rank = len(facts.shape(maker.inputs[0]))
-        recent = facts.layouts.model.opset >= 13
-        return int(maker.attrs.get("axis", -1 if recent else 1)) % rank == rank - 1
+        return _softmax_axis(maker, facts.layouts) == len(facts.shape(maker.inputs[0])) - 1
 
     def passed(self, facts: KnownFacts, values: np.ndarray) -> np.ndarray | None:
         """Means with weights that sum to one, of equal numbers, are that number."""

@@ -127,19 +127,22 @@ class FusedMatMul(MatMul):
     @cached_property
     def wiring(self) -> Wiring:
         """B on input 1; A and batches as they are."""
-        turned = any(self.attrs.get(n, 0) for n in ("transA", "transBatchA", "transBatchB"))
         wiring = super().wiring
-        if turned or wiring.weight != 1:
+        if self._turned or wiring.weight != 1:
             raise Unsupported("operands are transposed")
         return wiring
 
     def shapes(self, known: KnownSizes) -> list[list[Dim | None]]:
         """The last size is the product's; of other operands nothing is said."""
         source, weight = known.shape(self.inputs[0]), known.shape(self.inputs[1])
-        turned = any(self.attrs.get(n, 0) for n in ("transA", "transBatchA", "transBatchB"))
-        if turned or len(weight) != 2 or len(source) < 2:
+        if self._turned or len(weight) != 2 or len(source) < 2:
             return []
-        return [[*source[:-1], weight[0 if self.attrs.get("transB", 0) else 1]]]
+        return [[*source[:-1], weight[1 - self.column_axis()]]]
+
+    @property
+    def _turned(self) -> bool:
+        """Whether axes of A, or of batches, are exchanged."""
+        return any(self.attrs.get(n, 0) for n in ("transA", "transBatchA", "transBatchB"))
 
     def column_axis(self) -> int:
         """The axis that is contracted."""

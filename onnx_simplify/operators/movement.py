@@ -19,6 +19,7 @@ from onnx_simplify.graph.shapes import matching_blocks
 from onnx_simplify.operators.base import Masks, Operator
 from onnx_simplify.operators.interfaces import KnownFacts, KnownSizes, Removal
 from onnx_simplify.operators.nodes import (
+    LONGEST,
     attr_ints,
     constant_input,
     constant_ints,
@@ -28,8 +29,6 @@ from onnx_simplify.operators.nodes import (
 
 # Stands for an element that comes from no input (padding).
 NEW = -1
-# Longer vectors are not shapes.
-_LONGEST = 64
 
 
 class Movement(Operator):
@@ -274,7 +273,7 @@ class Expand(Movement):
         values = known.values(self.inputs[0])
         (shape,) = self.shapes(known) or ([None],)
         sizes = [size for size in shape if isinstance(size, int)]
-        if values is None or len(sizes) < len(shape) or np.prod(sizes) > _LONGEST:
+        if values is None or len(sizes) < len(shape) or np.prod(sizes) > LONGEST:
             return []
         return [np.broadcast_to(values, sizes)]
 

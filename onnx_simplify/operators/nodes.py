@@ -8,6 +8,9 @@ import onnx_graphsurgeon as gs
 from onnx_simplify.channels.layouts import Unsupported
 from onnx_simplify.graph.expressions import Dim, ceil_quotient, floor_quotient, total
 
+# Longer vectors are not shapes.
+LONGEST = 64
+
 
 def kind(node: gs.Node) -> str:
     """What a node does: its operator, with the domain if that is not the standard one."""

@@ -14,14 +14,12 @@ from onnx_simplify.operators.base import Masks
 from onnx_simplify.operators.interfaces import KnownFacts, KnownSizes, Removal
 from onnx_simplify.operators.movement import Movement, repeated
 from onnx_simplify.operators.nodes import (
+    LONGEST,
     constant_input,
     constant_ints,
     is_computed,
     is_static,
 )
-
-# Longer vectors are not shapes.
-_LONGEST = 64
 
 
 def _rank(size: Dim) -> int:
@@ -72,7 +70,7 @@ class Concat(Movement):
         parts = []
         for tensor, values in zip(self.inputs, found, strict=True):
             shape = known.shape(tensor)
-            if len(shape) != 1 or not isinstance(shape[0], int) or shape[0] > _LONGEST:
+            if len(shape) != 1 or not isinstance(shape[0], int) or shape[0] > LONGEST:
                 return []
             parts.append(np.full(shape[0], None, object) if values is None else values)
         return [np.concatenate(parts)]
